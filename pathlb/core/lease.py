@@ -1,0 +1,106 @@
+"""A lease: the right to one request on one endpoint, with two one-shot ends.
+
+    picked --observe--> observed --release--> released
+
+`observe` says how the attempt ended, at the reply head or the failure; `release` says that the reply's body is done
+with and the request no longer in flight. Both are made on the endpoint captured at the pick, whatever happened to it
+since. Anything else raises `IllegalEvent`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .breaker import CircuitBreaker
+    from .endpoints import EndpointState
+
+
+class LeaseState(enum.Enum):
+    PICKED = "picked"
+    OBSERVED = "observed"
+    RELEASED = "released"
+
+
+class Want:
+    """What one request asks of a pick. One object serves all its attempts."""
+
+    __slots__ = ("avoid", "key", "pin", "plain", "resendable", "tried")
+
+    def __init__(
+        self,
+        *,
+        resendable: bool = False,
+        pin: str | None = None,
+        avoid: frozenset[str] = frozenset(),
+        key: str | None = None,
+    ) -> None:
+        self.resendable = resendable
+        """May be sent twice: it can serve as a probe, and be given up when it hangs."""
+        self.pin = pin
+        self.avoid = avoid
+        self.key = key
+        self.tried: list[EndpointState] = []
+        """Endpoints of earlier attempts."""
+        self.plain = pin is None and not avoid
+        """Nothing restricts the choice; becomes false with the first failed attempt."""
+
+    def failed_on(self, endpoint: EndpointState) -> None:
+        """An attempt there failed: go elsewhere next."""
+        self.tried.append(endpoint)
+        self.plain = False
+
+
+class Lease:
+    """Handed out by `Engine.acquire`; given back through `Engine.observe` and `Engine.release`."""
+
+    __slots__ = (
+        "began",
+        "candidates",
+        "endpoint",
+        "epoch",
+        "give_up",
+        "given_up",
+        "in_flight",
+        "key",
+        "key_epoch",
+        "panic",
+        "probing",
+        "reason",
+        "started",
+        "state",
+        "want",
+    )
+
+    def __init__(
+        self,
+        endpoint: EndpointState,
+        want: Want,
+        started: float,
+        began: float,
+        reason: str,
+        candidates: int,
+    ) -> None:
+        self.endpoint = endpoint
+        self.want = want
+        self.started = started
+        """Clock reading at the pick, in seconds."""
+        self.began = began
+        """The same in running time: the clock less this process's own stalls, which are nobody's latency."""
+        self.reason = reason
+        self.candidates = candidates
+        self.in_flight = endpoint.in_flight
+        """In flight at the endpoint before this one."""
+        self.state = LeaseState.PICKED
+        self.epoch = endpoint.breaker.epoch
+        self.key = want.key
+        self.key_epoch = 0
+        self.panic = False
+        self.probing: CircuitBreaker | None = None
+        """The breaker this request is the probe of."""
+        self.give_up: Callable[[], None] | None = None
+        """Set by the shell while the attempt may be abandoned; called by the engine, at most once."""
+        self.given_up = False
+        """Called, and the retry it leads to is already paid for."""

@@ -1,0 +1,61 @@
+"""What is known of an endpoint's load: its latency estimate and its recent outcomes."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import NamedTuple
+
+
+class LatencyEstimate:
+    """Time-decayed mean of the time to the reply head, in seconds; None until the first sample.
+
+    A sample that comes `dt` seconds after the one before weighs 1 - exp(-dt / tau): an old estimate gives way to
+    the first new sample, so a once-slow endpoint is not remembered as slow (pitfall 2).
+    """
+
+    __slots__ = ("_tau", "_updated", "seconds")
+
+    def __init__(self, tau: float = 10.0) -> None:
+        self._tau = tau
+        self._updated = 0.0
+        self.seconds: float | None = None
+
+    def record(self, now: float, seconds: float) -> None:
+        """Take in one sample."""
+        if self.seconds is None:
+            self.seconds = seconds
+        else:
+            self.seconds += (seconds - self.seconds) * -math.expm1((self._updated - now) / self._tau)
+        self._updated = now
+
+
+class Sample(NamedTuple):
+    """One outcome as the outlier comparison sees it. `at` is in running time (the clock less own stalls)."""
+
+    at: float
+    failed: bool
+    seconds: float | None
+    """Time to the reply head; None when it says nothing about the endpoint."""
+
+
+class RecentOutcomes:
+    """The last outcomes of an endpoint, at most `size` of them."""
+
+    __slots__ = ("_samples", "last_head")
+
+    def __init__(self, size: int = 64) -> None:
+        self._samples: deque[Sample] = deque(maxlen=size)
+        self.last_head = -math.inf
+        """When a reply head last arrived, in running time."""
+
+    def add(self, sample: Sample) -> None:
+        self._samples.append(sample)
+
+    def clear(self) -> None:
+        """Forget them, so that an endpoint coming back is judged on what it does from now on."""
+        self._samples.clear()
+
+    def since(self, start: float) -> list[Sample]:
+        """The samples from `start` on, oldest first."""
+        return [sample for sample in self._samples if sample.at >= start]

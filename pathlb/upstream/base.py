@@ -1,0 +1,35 @@
+"""The contract between the balancer and whatever moves the bytes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..core.model import Endpoint
+from ..exchange import Headers, Reply, Request
+
+
+class Upstream(Protocol):
+    """The way to one endpoint. Several requests use it at once; it never makes one wait for another.
+
+    An implementation keeps these promises:
+
+    - `send` returns when the reply head is there. The target on the wire is the endpoint's base path plus
+      `request.target`, the Host is `request.host` or the endpoint's authority, `extra_headers` follow the request's.
+    - Every failure is an `UpstreamError` that says `NOT_SENT` only where no byte of the request can have reached
+      the endpoint, and then the body was not touched either.
+    - Bodies that break off raise `UpstreamError` from the iteration; closing is safe at any point and twice.
+    - Cancelling `send` or the iteration leaves the connections consistent.
+    """
+
+    kind: str
+    """Which one it is, for snapshots: `httpx`, `httpx2`, `scripted`, ..."""
+
+    async def send(self, request: Request, extra_headers: Headers) -> Reply: ...
+
+    async def aclose(self) -> None: ...
+
+
+class UpstreamFactory(Protocol):
+    """Makes the upstream of an endpoint, once, when the endpoint joins."""
+
+    def __call__(self, endpoint: Endpoint, /) -> Upstream: ...
