@@ -1,1 +1,52 @@
+"""pathlb: client-side load balancing for HTTP gateways.
+
+    async with pathlb.AsyncClient(["http://127.0.0.1:3069", "http://127.0.0.1:3070"]) as client:
+        response = await client.post("/v1", json=payload)
+
+`AsyncClient` is an `httpx.AsyncClient`; `BalancedTransport` goes under one you have; `Balancer` is what they share.
+For httpx2 use the same names from `pathlb.httpx2`.
+"""
+
+from .adapters.httpx import AsyncClient, BalancedTransport
+from .balancer import Balancer
+from .config import Health
+from .core.config import Breaker, Limits, Outlier, Panic, Retry, SlowStart
+from .core.model import Endpoint
+from .core.policy import P2C, LeastConnections, RoundRobin
+from .errors import (
+    ConfigError,
+    DeadlineExceeded,
+    NoEligibleEndpoint,
+    PathlbError,
+    QueueFull,
+    QueueTimeout,
+    UpstreamError,
+    UsageError,
+)
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "P2C",
+    "AsyncClient",
+    "BalancedTransport",
+    "Balancer",
+    "Breaker",
+    "ConfigError",
+    "DeadlineExceeded",
+    "Endpoint",
+    "Health",
+    "LeastConnections",
+    "Limits",
+    "NoEligibleEndpoint",
+    "Outlier",
+    "Panic",
+    "PathlbError",
+    "QueueFull",
+    "QueueTimeout",
+    "Retry",
+    "RoundRobin",
+    "SlowStart",
+    "UpstreamError",
+    "UsageError",
+]

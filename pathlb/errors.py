@@ -75,7 +75,8 @@ class UpstreamError(PathlbError):
     """An attempt on one endpoint failed without a reply head, or a reply's body broke off.
 
     `fault` says how, `sent` whether the endpoint can have seen the request, `endpoint` (its URL) where;
-    `local` is true when this process ran out of descriptors, ports or memory, which no endpoint is to blame for.
+    `local` is true when this process ran out of descriptors, ports or memory, which no endpoint is to blame for;
+    `reused` when the connection had carried a request before (it may have been closed while idle).
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class UpstreamError(PathlbError):
         detail: str,
         *,
         local: bool = False,
+        reused: bool = False,
         attempts: Sequence[Attempt] = (),
     ) -> None:
         super().__init__(f"{endpoint}: {detail}", attempts)
@@ -94,3 +96,4 @@ class UpstreamError(PathlbError):
         self.endpoint = endpoint
         self.detail = detail
         self.local = local
+        self.reused = reused

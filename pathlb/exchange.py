@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from .core.model import Endpoint, Outcome, Sent
+from .core.model import Outcome, Sent
 
 Headers = list[tuple[bytes, bytes]]
 
 
-@dataclass(frozen=True, slots=True)
-class Timeouts:
+class Timeouts(NamedTuple):
     """Seconds one attempt may spend on each step, as httpx means them; None is no limit.
 
     `pool` is the wait in pathlb's queue, once per request.
@@ -24,6 +23,20 @@ class Timeouts:
     pool: float | None = None
 
 
+class OneShotBody:
+    """A request body that can be sent once; `started` tells whether anybody has begun to."""
+
+    __slots__ = ("_parts", "started")
+
+    def __init__(self, parts: AsyncIterable[bytes]) -> None:
+        self._parts = parts
+        self.started = False
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        self.started = True
+        return aiter(self._parts)
+
+
 @dataclass(slots=True)
 class Request:
     """What to send, and what the caller said about sending it. One object serves all attempts of a request."""
@@ -33,8 +46,7 @@ class Request:
     """Path and query as they go on the wire, before the endpoint's base path."""
     headers: Headers
     """Raw pairs in order, without Host."""
-    body: bytes | AsyncIterable[bytes] = b""
-    """Bytes can be sent twice, a stream only once."""
+    body: bytes | OneShotBody = b""
     host: bytes | None = None
     """The Host to send; None is the chosen endpoint's own authority."""
     timeouts: Timeouts = Timeouts()
@@ -57,7 +69,8 @@ class Request:
 
     @property
     def replayable(self) -> bool:
-        return isinstance(self.body, bytes)
+        """Whether the body can be sent (again): it is in memory, or nobody has touched it yet."""
+        return isinstance(self.body, bytes) or not self.body.started
 
 
 class ReplyBody(Protocol):
@@ -108,8 +121,3 @@ class Attempt:
     def __str__(self) -> str:
         what = self.outcome.detail or (str(self.outcome.status) if self.outcome.status else self.outcome.cause.value)
         return f"{self.endpoint} ({self.reason}): {what} after {self.duration * 1000:.0f} ms"
-
-
-Attempts = Sequence[Attempt]
-
-__all__ = ["Attempt", "Attempts", "Endpoint", "Headers", "Reply", "ReplyBody", "Request", "Timeouts"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Protocol
 
-from pathlb.core.model import Endpoint, Outcome
-from pathlb.exchange import Headers, Reply, Request
+from ..core.model import Endpoint, Outcome
+from ..exchange import Headers, Reply, Request
 
 
 class AttemptSpan(Protocol):

@@ -9,7 +9,7 @@ from opentelemetry import metrics
 from opentelemetry.metrics import Meter, MeterProvider
 from opentelemetry.util.types import AttributeValue
 
-from pathlb.core.events import (
+from ..core.events import (
     BreakerChanged,
     Dequeued,
     Ejected,
@@ -23,7 +23,6 @@ from pathlb.core.events import (
     Retried,
     RetryRefused,
 )
-
 from .semconv import ENDPOINT, ERROR_TYPE, OUTCOME, SCHEMA_URL, SCOPE, STATUS_CODE, error_type, records, version
 
 DURATION_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from importlib import metadata
 
-from pathlb.core.model import Cause, Outcome
-from pathlb.errors import UpstreamError
+from ..core.model import Cause, Outcome
+from ..errors import UpstreamError
 
 SCOPE = "pathlb"
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.27.0"

@@ -16,9 +16,8 @@ from opentelemetry.propagators.textmap import Getter, Setter
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, TracerProvider
 from opentelemetry.util.types import AttributeValue
 
-from pathlb.core.model import Endpoint, Outcome
-from pathlb.exchange import Headers, Reply, Request
-
+from ..core.model import Endpoint, Outcome
+from ..exchange import Headers, Reply, Request
 from .hook import AttemptSpan
 from .semconv import ERROR_TYPE, OUTCOME, SCHEMA_URL, SCOPE, STATUS_CODE, error_type, records, version
 

@@ -52,7 +52,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
-        self._transport: asyncio.Transport | None = None
+        self._transport: asyncio.Transport
         self._parser = httptools.HttpRequestParser(self)
         self._pipelined: deque[Exchange] = deque()
         self.active: Exchange | None = None
@@ -137,7 +137,7 @@ class Connection(asyncio.Protocol):
 
     def reply(self, data: bytes, keep_alive: bool) -> None:
         """Write the reply to the active request and go on to the next one."""
-        if self._transport is None or self.gone:
+        if self.gone:
             return
         self.active = None
         self._transport.write(data)
@@ -152,8 +152,6 @@ class Connection(asyncio.Protocol):
 
     def hang_up(self) -> None:
         """Close without an answer, cleanly."""
-        if self._transport is None:
-            return
         self.gone = True
         if self._transport.get_write_buffer_size():
             # A client that does not read its replies must not keep the gateway from stopping.
@@ -163,8 +161,6 @@ class Connection(asyncio.Protocol):
 
     def reset(self) -> None:
         """Close with a RST (on a unix socket, which has none, with whatever the kernel makes of it)."""
-        if self._transport is None:
-            return
         self.gone = True
         sock: socket.socket = self._transport.get_extra_info("socket")
         if sock.fileno() != -1:

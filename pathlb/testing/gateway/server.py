@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import http
 import random
 import socket
@@ -62,17 +61,13 @@ class Gateway:
         return f"http://{self.settings.host}:{self.port}"
 
     async def start(self) -> None:
-        """Listen. Raises `OSError` when the port is taken."""
+        """Listen. Raises `OSError` when the port is taken; `aclose` then too."""
         if self.settings.uds is None:
             # Bound for as long as the gateway exists and never listened on: while it refuses connections, nobody
             # else is given its port.
             self._held = self._bind()
             self.port = self._held.getsockname()[1]
-        try:
-            await self._listen()
-        except BaseException:
-            await self.aclose()
-            raise
+        await self._listen()
 
     async def aclose(self) -> None:
         """Stop listening and reset every connection. Twice is fine."""
@@ -166,11 +161,9 @@ class Gateway:
         loop = asyncio.get_running_loop()
         try:
             self._server = await loop.create_server(lambda: Connection(self), sock=sock, backlog=_BACKLOG)
-        except OSError as exc:
+        except BaseException:
             sock.close()
-            if exc.errno != errno.EADDRINUSE:
-                raise
-            raise OSError(exc.errno, f"{self.settings.name} cannot listen on {self.url}: {exc.strerror}") from exc
+            raise
 
     def _stop_listening(self) -> None:
         if self._server is not None:
@@ -208,6 +201,8 @@ class Gateway:
         self._received.append(request)
 
     def malformed(self, connection: Connection) -> None:
+        if connection.gone:
+            return
         self._by_status[400] += 1
         connection.reply(self._render(400, False, False, False), False)
 

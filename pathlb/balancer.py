@@ -1,0 +1,565 @@
+"""The async shell around core/engine.py: admit, pick, attempt, classify, observe, decide."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from functools import partial
+from typing import Any
+
+import anyio
+
+from .classify.http import HTTPClassifier
+from .config import DEADLINE, Health, Idempotent, check_kind
+from .core.admission import Waiter
+from .core.cluster import Settings
+from .core.config import Breaker, Limits, Outlier, Panic, Retry, SlowStart, check_number
+from .core.endpoints import EndpointState, check_endpoints
+from .core.engine import TICK, Engine, Grant, Refusal
+from .core.errors import ConfigError
+from .core.events import Event, Listener
+from .core.lease import Lease, Want
+from .core.model import Cause, Clock, Endpoint, Outcome, Rng, Sent
+from .core.policy import LeastConnections, Policy
+from .core.retry import Again
+from .core.snapshot import Snapshot
+from .errors import (
+    DeadlineExceeded,
+    Fault,
+    NoEligibleEndpoint,
+    PathlbError,
+    QueueFull,
+    QueueTimeout,
+    UpstreamError,
+    UsageError,
+)
+from .exchange import Attempt, Headers, Reply, ReplyBody, Request
+from .health import Prober
+from .runner import Runner, current_home, make_runner
+from .strategies import BoundStrategy
+from .telemetry.hook import less_replaced
+from .telemetry.metrics import Metrics, metrics_configured
+from .telemetry.tracing import Tracing
+from .upstream.base import Upstream, UpstreamFactory
+from .upstream.transport import TransportUpstreams
+
+logger = logging.getLogger("pathlb")
+
+_IDEMPOTENT_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE", "QUERY"})
+_NO_HEADERS: Headers = []
+_STALL = 0.1  # seconds this process must have stalled during an attempt for its timeout to be its own fault
+
+_CANCELLED = Outcome(Cause.CANCELLED, detail="cancelled by the caller")
+_GIVEN_UP = Outcome(Cause.GIVEN_UP, retry=True, detail="given up: its endpoint was taken out while it waited")
+_DEADLINE = Outcome(Cause.BEYOND, detail="no reply before the deadline")
+
+
+class Balancer:
+    """A set of endpoints and everything known about them: what clients, transports and apps share.
+
+    `endpoints` are URLs or `Endpoint`s. Everything else has a default that is documented with its class:
+
+    - `policy`: how to choose among the eligible endpoints (default `LeastConnections()`);
+    - `breaker`, `outlier` (None compares nobody), `panic`, `slow_start`: who is eligible;
+    - `retry`: what follows a failure; `deadline`: seconds a request may take up to its reply head (default 30);
+    - `limits`: requests in flight per endpoint, and the queue;
+    - `health`: active probes (default none);
+    - `idempotent`: what may be sent twice beside the idempotent methods and requests with an Idempotency-Key:
+      a bool, or a function of the HTTP library's request that answers a bool, or None for no opinion;
+    - `telemetry`: spans and metrics through the OpenTelemetry API (default on; costs next to nothing without an SDK);
+    - `upstream`: makes the way to an endpoint (default: one httpx transport each);
+    - `clock` (monotonic seconds) and `rng` are for tests and simulations.
+
+    Usable without `async with`: it starts with the first request, on the event loop of that request, and is closed
+    with `aclose`. Raises `ConfigError` for settings that cannot work.
+    """
+
+    def __init__(
+        self,
+        endpoints: Iterable[Endpoint | str],
+        *,
+        policy: Policy | None = None,
+        breaker: Breaker = Breaker(),
+        outlier: Outlier | None = Outlier(),
+        panic: Panic = Panic(),
+        slow_start: SlowStart = SlowStart(),
+        retry: Retry = Retry(),
+        limits: Limits = Limits(),
+        deadline: float = DEADLINE,
+        health: Health | None = None,
+        idempotent: Idempotent = None,
+        telemetry: bool = True,
+        upstream: UpstreamFactory | None = None,
+        clock: Clock = time.monotonic,
+        rng: Rng | None = None,
+    ) -> None:
+        checked = check_endpoints(endpoints)
+        check_number("", "deadline", deadline, 1e-6)
+        check_kind("breaker", breaker, Breaker)
+        check_kind("panic", panic, Panic)
+        check_kind("slow_start", slow_start, SlowStart)
+        check_kind("retry", retry, Retry)
+        check_kind("limits", limits, Limits, " (httpx's own pool limits have no effect: pathlb's pools never queue)")
+        if outlier is not None:
+            check_kind("outlier", outlier, Outlier)
+        if health is not None:
+            check_kind("health", health, Health)
+        if policy is not None and not (callable(getattr(policy, "pick", None)) and hasattr(policy, "name")):
+            raise ConfigError("policy", f"must be an object with a name and a pick method, not {policy!r}")
+        if idempotent is not None and not isinstance(idempotent, bool) and not callable(idempotent):
+            raise ConfigError("idempotent", f"must be a bool or a function of the request, not {idempotent!r}")
+        self._clock = clock
+        self._rng: Rng = rng if rng is not None else random.Random()
+        settings = Settings(
+            breaker=breaker,
+            outlier=outlier,
+            panic=panic,
+            slow_start=slow_start,
+            limits=limits,
+            retry=retry,
+            probed=health is not None,
+            rise=health.rise if health else 1,
+            fall=health.fall if health else 1,
+        )
+        self._engine = Engine(settings, policy if policy is not None else LeastConnections(), self._rng)
+        self._classifier = HTTPClassifier(frozenset(retry.statuses))
+        self._retry = retry
+        self._strategic = bool(retry.retry or retry.stop or retry.wait)
+        self._deadline = deadline
+        self._queue_timeout = limits.queue_timeout
+        self._idempotent = idempotent
+        self._tracing = Tracing() if telemetry else None
+        self._factory: UpstreamFactory = upstream if upstream is not None else TransportUpstreams()
+        self._upstreams: dict[str, Upstream] = {}
+        self._prober = Prober(health, self._clock, self._rng) if health else None
+        self._runner: Runner | None = None
+        self._pid = 0
+        self._ticking = False
+        self._closed = False
+        # Bodies dropped without being closed; the garbage collector may find them on any thread.
+        self._dropped: deque[_LeasedBody] = deque()
+        self.bases: dict[bytes, bytes] = {}
+        """Authority of each endpoint and its base path, for the adapters."""
+        self.scheme = "https" if all(endpoint.scheme == "https" for endpoint in checked) else "http"
+        """Scheme of the logical origin: that of the endpoints where they agree, so that secure cookies work."""
+        self._apply(checked)
+
+    # --- life
+
+    async def __aenter__(self) -> Balancer:
+        self._claim()
+        if self._prober is not None:
+            await self._prober.first_round()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close every connection and stop the background work. Queued requests fail; closing twice is fine."""
+        if self._closed:
+            return
+        if self._runner is not None:
+            self._claim()
+        self._closed = True
+        self._engine.apply(self._clock(), ())
+        if self._runner is None:
+            return
+        with anyio.CancelScope(shield=True):
+            await self._runner.aclose()
+            for upstream in self._upstreams.values():
+                await upstream.aclose()
+        self._upstreams.clear()
+
+    def _claim(self) -> Runner:
+        """The runner of this process and event loop; the first call decides which. Raises `UsageError`."""
+        if self._closed:
+            raise UsageError("this Balancer is closed; make a new one")
+        runner = self._runner
+        if runner is None:
+            runner = self._runner = make_runner()
+            self._pid = os.getpid()
+            if metrics_configured():
+                self.subscribe(Metrics())
+            if self._prober is not None:
+                self._prober.start(runner, self._engine, self._upstream_of)
+            return runner
+        if runner.home is not current_home():
+            raise UsageError(
+                "this Balancer was first used on another event loop and cannot move its connections; "
+                "make one per event loop (in tests: one per test), or close it before the loop ends"
+            )
+        if self._pid != os.getpid():
+            raise UsageError("this Balancer was used before a fork; make one in each worker process, after the fork")
+        return runner
+
+    # --- operation
+
+    def update(self, endpoints: Iterable[Endpoint | str]) -> None:
+        """Make these the endpoints, from now on.
+
+        Known ones (by URL) keep their load, breaker and connections; new ones ramp up; removed ones get nothing new,
+        and are closed when their last request in flight has ended. Raises `ConfigError` and changes nothing when the
+        list is bad.
+        """
+        if self._closed:
+            raise UsageError("this Balancer is closed; make a new one")
+        self._apply(check_endpoints(endpoints))
+
+    def drain(self, endpoint: Endpoint | str) -> None:
+        """Send nothing new to an endpoint; requests in flight end normally. Raises `ConfigError` if unknown."""
+        self._engine.drain(self._clock(), _url(endpoint))
+
+    def undrain(self, endpoint: Endpoint | str) -> None:
+        """Take a drained endpoint back, on the slow-start ramp. Raises `ConfigError` if unknown."""
+        self._engine.undrain(self._clock(), _url(endpoint))
+
+    def snapshot(self) -> Snapshot:
+        """Everything known now, frozen; `.to_dict()` is ready for `json.dumps`."""
+        return self._engine.snapshot(self._clock(), self._kind_of)
+
+    def subscribe(self, callback: Listener) -> Callable[[], None]:
+        """Call `callback(event)` with every event (`pathlb.core.events`); the answer ends the subscription.
+
+        It runs inside the request that caused the event: keep it short. What it raises is logged, not propagated.
+        """
+
+        def guarded(event: Event) -> None:
+            try:
+                callback(event)
+            except Exception:
+                logger.exception("a subscriber of pathlb events failed on %r", type(event).__name__)
+
+        return self._engine.subscribe(guarded)
+
+    # --- the road of a request
+
+    async def send(self, request: Request) -> Reply:
+        """Send a request to the best endpoint, again where that is safe, and return the reply, its body still to come.
+
+        The reply's body must be closed. Raises `NoEligibleEndpoint`, `QueueFull`, `QueueTimeout`,
+        `DeadlineExceeded`, `UpstreamError` (the last attempt's) or `UsageError`; all carry `attempts`.
+        """
+        runner = self._claim()
+        if self._prober is not None and not self._prober.settled:
+            await self._prober.first_round()
+        engine, clock = self._engine, self._clock
+        began = clock()
+        deadline = began + (self._deadline if request.deadline is None else request.deadline)
+        idempotent = self._may_send_twice(request)
+        want = Want(
+            resendable=idempotent and isinstance(request.body, bytes),
+            pin=request.pin,
+            avoid=request.avoid,
+            key=request.key,
+        )
+        attempts: list[Attempt] = []
+        unsent = 0
+        slept = 0.0
+        while True:
+            lease = await self._admit(request, want, deadline, attempts)
+            if not self._ticking:
+                self._start_ticking(runner)
+            reply, error, outcome = await self._attempt(runner, request, lease, deadline, len(attempts))
+            now = clock()
+            endpoint = lease.endpoint
+            attempts.append(
+                Attempt(endpoint.url, lease.reason, lease.in_flight, lease.candidates, outcome, now - lease.started)
+            )
+            if reply is not None and not outcome.retry and not self._strategic:
+                return self._hand_over(reply, lease, attempts)
+            unsent += outcome.sent is Sent.NOT_SENT
+            try:
+                decision = engine.decide(
+                    now,
+                    lease,
+                    outcome,
+                    attempts=len(attempts),
+                    unsent=unsent,
+                    replayable=request.replayable,
+                    deadline=deadline,
+                    strategy=self._bind(reply or error, request, len(attempts), now - began, slept),
+                )
+            except BaseException:  # a strategy of the caller's raised
+                self._release(lease)
+                raise
+            if not isinstance(decision, Again):
+                if reply is not None:
+                    return self._hand_over(reply, lease, attempts)
+                self._release(lease)
+                assert error is not None
+                error.attempts = tuple(attempts)
+                raise error
+            want.failed_on(endpoint)
+            try:
+                if reply is not None:
+                    with anyio.CancelScope(shield=True):
+                        await reply.body.aclose()
+            finally:
+                self._release(lease)
+            if decision.wait:
+                slept += decision.wait
+                await anyio.sleep(decision.wait)
+
+    async def _admit(self, request: Request, want: Want, deadline: float, attempts: list[Attempt]) -> Lease:
+        """A lease, at once or after a wait in the queue."""
+        now = self._clock()
+        turn = _Turn()
+        grant = self._engine.acquire(now, want, turn.come)
+        if isinstance(grant, Lease):
+            return grant
+        if isinstance(grant, Refusal):
+            raise self._refused(grant, attempts)
+        pool_timeout = request.timeouts.pool
+        patience = self._queue_timeout if pool_timeout is None else pool_timeout
+        return await self._wait(grant, turn, min(patience, deadline - now), deadline, attempts)
+
+    async def _wait(
+        self, waiter: Waiter[Grant], turn: _Turn, seconds: float, deadline: float, attempts: list[Attempt]
+    ) -> Lease:
+        why = "cancelled"
+        try:
+            with anyio.move_on_after(seconds):
+                await turn.wait()
+            why = "timeout"
+        finally:
+            left = self._engine.leave_queue(self._clock(), waiter, why)
+            if why == "cancelled" and isinstance(waiter.grant, Lease):
+                # Granted and cancelled at once: the grant goes back, and with it to the next in the queue.
+                self._engine.observe(self._clock(), waiter.grant, _CANCELLED)
+                self._release(waiter.grant)
+        if not left:
+            if isinstance(waiter.grant, Lease):
+                return waiter.grant
+            assert isinstance(waiter.grant, Refusal)  # it has left the queue with one or the other
+            raise self._refused(waiter.grant, attempts)
+        if self._clock() >= deadline:
+            raise DeadlineExceeded(
+                "the deadline passed in the queue: every eligible endpoint is at its limit", attempts
+            )
+        raise QueueTimeout(
+            f"waited {seconds:.3g} s in the queue: every eligible endpoint is at its limit; "
+            "add endpoints, or raise Limits(concurrency=...) if they can take more",
+            attempts,
+        )
+
+    def _refused(self, refusal: Refusal, attempts: list[Attempt]) -> PathlbError:
+        if self._closed:
+            return UsageError("this Balancer was closed while the request waited", attempts)
+        if refusal.queue_full:
+            return QueueFull(
+                f"the queue is full ({refusal.why}) and every eligible endpoint is at its limit; "
+                "send less, add endpoints, or raise Limits(queue=...)",
+                attempts,
+            )
+        return NoEligibleEndpoint(f"no eligible endpoint: {refusal.why}", attempts)
+
+    async def _attempt(
+        self, runner: Runner, request: Request, lease: Lease, deadline: float, resends: int
+    ) -> tuple[Reply | None, PathlbError | None, Outcome]:
+        """One attempt, observed: its reply head or its error. When it is cancelled the lease is released too."""
+        engine = self._engine
+        endpoint = lease.endpoint
+        scope = runner.scope(deadline - lease.started)
+        if lease.want.resendable:
+            lease.give_up = scope.cancel
+        span = self._tracing.start(request, endpoint.endpoint, resends) if self._tracing is not None else None
+        reply: Reply | None = None
+        error: PathlbError | None = None
+        outcome = _CANCELLED
+        try:
+            async with scope:
+                upstream = self._upstreams[endpoint.url]
+                if span is None:
+                    reply = await upstream.send(request, _NO_HEADERS)
+                else:
+                    reply = await upstream.send(less_replaced(request, span.headers), span.headers)
+            if reply is not None:
+                outcome = self._classifier.reply(request, reply)
+            else:
+                outcome, error = self._cut_short(lease, deadline)
+        except UpstreamError as exc:
+            error = exc
+            outcome = self._classify_failure(request, exc, lease)
+        except Exception as exc:
+            # Neither a failure of the network nor a cancellation: a bug in a transport, or in what the caller gave.
+            outcome = Outcome(Cause.LOCAL, detail=f"{type(exc).__name__}: {exc}")
+            raise
+        finally:
+            engine.observe(self._clock(), lease, outcome)
+            if span is not None:
+                span.end(outcome, reply, error)
+            if reply is None and error is None:
+                self._release(lease)
+        return reply, error, outcome
+
+    def _classify_failure(self, request: Request, error: UpstreamError, lease: Lease) -> Outcome:
+        outcome = self._classifier.failure(request, error)
+        timed_out = error.fault in (Fault.CONNECT_TIMEOUT, Fault.READ_TIMEOUT, Fault.WRITE_TIMEOUT)
+        if timed_out and self._engine.stalled_during(lease, self._clock()) >= _STALL:
+            detail = f"{outcome.detail} (this process was stalled meanwhile)"
+            return Outcome(Cause.LOCAL, outcome.sent, retry=outcome.retry, detail=detail)
+        return outcome
+
+    def _cut_short(self, lease: Lease, deadline: float) -> tuple[Outcome, PathlbError]:
+        """The attempt's scope ended it: the engine gave it up, or the deadline came."""
+        if lease.given_up:
+            return _GIVEN_UP, UpstreamError(
+                Fault.READ_TIMEOUT, Sent.MAYBE_SENT, lease.endpoint.url, "given up while it waited for a reply"
+            )
+        seconds = self._clock() - lease.started
+        return _DEADLINE, DeadlineExceeded(
+            f"no reply from {lease.endpoint.url} before the deadline; the last attempt waited {seconds:.3g} s"
+        )
+
+    def _may_send_twice(self, request: Request) -> bool:
+        if request.idempotent is not None:
+            return request.idempotent
+        rule = self._idempotent
+        if rule is not None:
+            return rule if isinstance(rule, bool) else bool(rule(request.expose if request.expose else request))
+        if request.method in _IDEMPOTENT_METHODS:
+            return True
+        return any(len(name) == 15 and name.lower() == b"idempotency-key" for name, _ in request.headers)
+
+    def _bind(
+        self, result: Reply | PathlbError | None, request: Request, attempts: int, elapsed: float, slept: float
+    ) -> BoundStrategy | None:
+        if not self._strategic or result is None:
+            return None
+        return BoundStrategy(self._retry, result, request.present, attempts=attempts, elapsed=elapsed, slept=slept)
+
+    def _hand_over(self, reply: Reply, lease: Lease, attempts: list[Attempt]) -> Reply:
+        reply.attempts = tuple(attempts)
+        reply.body = _LeasedBody(reply.body, self, lease)
+        return reply
+
+    # --- the ends of leases
+
+    def _release(self, lease: Lease) -> None:
+        if self._engine.release(self._clock(), lease):
+            self._retire(lease.endpoint.url)
+
+    def _fail_body(self, lease: Lease, error: UpstreamError) -> None:
+        outcome = self._classifier.failure(_NO_REQUEST, error)
+        self._engine.fail_body(self._clock(), lease, outcome)
+
+    def _start_ticking(self, runner: Runner) -> None:
+        self._ticking = True
+        self._engine.tick(self._clock())
+        runner.tick(TICK, self._tick)
+
+    def _tick(self) -> bool:
+        while self._dropped:
+            body = self._dropped.popleft()
+            self._release(body.lease)
+            assert self._runner is not None  # a tick comes from it
+            self._runner.spawn(partial(_close_quietly, body.inner))
+        self._engine.tick(self._clock())
+        self._ticking = self._engine.busy
+        if not self._ticking:
+            self._engine.pause()
+        return self._ticking
+
+    # --- endpoints and their upstreams
+
+    def _apply(self, endpoints: list[Endpoint]) -> None:
+        for endpoint in endpoints:
+            known = next((one.endpoint for one in self._engine.members if one.url == endpoint.url), None)
+            if known is not None and known.server_hostname != endpoint.server_hostname:
+                raise ConfigError("Endpoint.server_hostname", f"of {endpoint.url} cannot change while it is in use")
+        fresh = {one.url: self._factory(one) for one in endpoints if one.url not in self._upstreams}
+        self._upstreams.update(fresh)
+        change = self._engine.apply(self._clock(), endpoints)
+        self.bases = {endpoint.authority: endpoint.base_path for endpoint in endpoints}
+        for state in change.removed:
+            if not state.in_flight:
+                self._retire(state.url)
+        if self._prober is not None:
+            self._prober.refresh()
+
+    def _retire(self, url: str) -> None:
+        """Close the upstream of an endpoint that left."""
+        upstream = self._upstreams.pop(url, None)
+        if upstream is not None and self._runner is not None and not self._closed:
+            self._runner.spawn(partial(_close_quietly, upstream))
+
+    def _upstream_of(self, state: EndpointState) -> Upstream:
+        return self._upstreams[state.url]
+
+    def _kind_of(self, url: str) -> str:
+        upstream = self._upstreams.get(url)
+        return upstream.kind if upstream is not None else ""
+
+
+class _LeasedBody:
+    """The body of a reply, tied to the lease: closing it, or dropping it, ends the request."""
+
+    __slots__ = ("_balancer", "_done", "inner", "lease")
+
+    def __init__(self, inner: ReplyBody, balancer: Balancer, lease: Lease) -> None:
+        self.inner = inner
+        self.lease = lease
+        self._balancer = balancer
+        self._done = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            async for part in self.inner:
+                yield part
+        except UpstreamError as exc:
+            if not self._done:
+                self._balancer._fail_body(self.lease, exc)
+            raise
+
+    async def aclose(self) -> None:
+        if self._done:
+            return
+        self._done = True
+        try:
+            await self.inner.aclose()
+        finally:
+            self._balancer._release(self.lease)
+
+    def __del__(self) -> None:
+        if not self._done:
+            self._balancer._dropped.append(self)
+
+
+class _Turn:
+    """A request's place in the queue, on the async side: the event is made only when there is a wait."""
+
+    __slots__ = ("_event", "_here")
+
+    def __init__(self) -> None:
+        self._here = False
+        self._event: anyio.Event | None = None
+
+    def come(self) -> None:
+        self._here = True
+        if self._event is not None:
+            self._event.set()
+
+    async def wait(self) -> None:
+        if not self._here:
+            self._event = anyio.Event()
+            await self._event.wait()
+
+
+_NO_REQUEST = Request("", b"", [])
+
+
+def _url(endpoint: Endpoint | str) -> str:
+    return (endpoint if isinstance(endpoint, Endpoint) else Endpoint(endpoint)).url
+
+
+async def _close_quietly(closable: Any) -> None:
+    """Close something nobody waits for any more; its failure concerns nobody."""
+    try:
+        await closable.aclose()
+    except Exception:
+        logger.debug("closing %r failed", closable, exc_info=True)

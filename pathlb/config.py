@@ -1,0 +1,81 @@
+"""Every setting of a balancer in one place: those of the core, and those of the shell around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from .core.config import Breaker, Limits, Outlier, Panic, Retry, SlowStart, check_number
+from .core.errors import ConfigError
+from .core.model import Clock, Rng
+from .core.policy import Policy
+
+if TYPE_CHECKING:
+    from .upstream.base import UpstreamFactory
+
+DEADLINE = 30.0
+"""Default total deadline of a request in seconds, over queue, attempts and waits."""
+
+Idempotent = bool | Callable[[Any], bool] | None
+"""`True` or `False` for every request, or a function of the request (the HTTP library's own object)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Active probes: `GET path` on every endpoint, every `interval` seconds (with up to `jitter` of it added).
+
+    A reply with one of `statuses` within `timeout` seconds passes. `fall` failures in a row take an endpoint out,
+    `rise` successes bring it back; while the results contradict the verdict the probes come every
+    `changing_interval` seconds. The first result of all decides alone; with `wait` the first requests wait for it.
+    """
+
+    path: str
+    statuses: Collection[int] = frozenset({200, 204})
+    interval: float = 5.0
+    changing_interval: float = 1.0
+    timeout: float = 1.0
+    rise: int = 2
+    fall: int = 2
+    jitter: float = 0.1
+    wait: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.path.startswith("/") or not self.path.isascii() or any(ch <= " " for ch in self.path):
+            raise ConfigError("Health.path", f"must start with / and be a valid request target, not {self.path!r}")
+        if not self.statuses:
+            raise ConfigError("Health.statuses", "must name at least one status")
+        for status in self.statuses:
+            check_number("Health", "statuses", status, 200, 599, whole=True)
+        for name in ("interval", "changing_interval", "timeout"):
+            check_number("Health", name, getattr(self, name), 1e-3)
+        check_number("Health", "rise", self.rise, 1, whole=True)
+        check_number("Health", "fall", self.fall, 1, whole=True)
+        check_number("Health", "jitter", self.jitter, 0, 1)
+        if self.changing_interval > self.interval:
+            raise ConfigError("Health.changing_interval", f"must be at most interval ({self.interval:g} s)")
+
+
+class BalancerOptions(TypedDict, total=False):
+    """The keyword arguments of `Balancer`, which the clients pass on."""
+
+    policy: Policy
+    breaker: Breaker
+    outlier: Outlier | None
+    panic: Panic
+    slow_start: SlowStart
+    retry: Retry
+    limits: Limits
+    deadline: float
+    health: Health | None
+    idempotent: Idempotent
+    telemetry: bool
+    upstream: UpstreamFactory
+    clock: Clock
+    rng: Rng
+
+
+def check_kind(name: str, value: object, kind: type, hint: str = "") -> None:
+    """Raise `ConfigError` unless `value` is a `kind`."""
+    if not isinstance(value, kind):
+        raise ConfigError(name, f"must be a pathlb.{kind.__name__}, not {type(value).__name__}{hint}")

@@ -1,0 +1,240 @@
+"""Any httpx or httpx2 transport as an upstream: HTTP/2, trio, proxies, and whatever else has a transport."""
+
+from __future__ import annotations
+
+import errno
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import httpx
+
+from ..core.model import Endpoint, Sent
+from ..errors import Fault, UpstreamError
+from ..exchange import Headers, OneShotBody, Reply, Request
+
+_FAULTS = {fault.value: fault for fault in Fault}
+_OUT_OF_RESOURCES = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.EAGAIN}
+)
+
+
+class TransportUpstream:
+    """One endpoint behind a transport.
+
+    `transport` is an `httpx.AsyncBaseTransport`, or httpx2's when `stack` is the `httpx2` module. The stack's own
+    `AsyncHTTPTransport` tells through its trace events whether the request head was being written; any other one is
+    taken at its word for nothing: its failures count as maybe sent.
+    """
+
+    def __init__(self, transport: Any, endpoint: Endpoint, *, stack: ModuleType = httpx) -> None:
+        self.kind = stack.__name__
+        self._transport = transport
+        self._endpoint = endpoint
+        self._stack = stack
+        self._stock = type(transport) is stack.AsyncHTTPTransport
+        self._origin = f"{endpoint.scheme}://{endpoint.authority.decode('ascii')}"
+        self._stream_class = _stream_class(stack)
+
+    async def send(self, request: Request, extra_headers: Headers) -> Reply:
+        endpoint, stack = self._endpoint, self._stack
+        target = endpoint.base_path + request.target
+        headers = [(b"Host", request.host or endpoint.authority), *request.headers, *extra_headers]
+        extensions = dict(request.extensions)
+        extensions["timeout"] = request.timeouts._asdict()
+        if endpoint.server_hostname is not None:
+            extensions.setdefault("sni_hostname", endpoint.server_hostname)
+        body = request.body
+        stream = self._stream_class(body) if isinstance(body, OneShotBody) else stack.ByteStream(body)
+        watch = _Watch(extensions.get("trace"))
+        if self._stock:
+            extensions["trace"] = watch
+            url: Any = _WireURL(endpoint, target)
+            outgoing: Any = _WireRequest(request.method, url, headers, stream, extensions)
+        else:
+            outgoing = stack.Request(
+                request.method,
+                stack.URL(self._origin).copy_with(raw_path=target),
+                headers=headers,
+                stream=stream,
+                extensions=extensions,
+            )
+        try:
+            response = await self._transport.handle_async_request(outgoing)
+        except stack.TransportError as exc:
+            raise self._failure(exc, watch) from exc
+        return Reply(
+            status=response.status_code,
+            headers=response.headers.raw,
+            body=_TransportBody(response.stream, self),
+            http_version=response.extensions.get("http_version", b"HTTP/1.1"),
+            reason=response.extensions.get("reason_phrase", b""),
+            extensions=response.extensions,
+        )
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
+
+    def _failure(self, exc: Exception, watch: _Watch | None) -> UpstreamError:
+        fault = next((_FAULTS[cls.__name__] for cls in type(exc).__mro__ if cls.__name__ in _FAULTS), Fault.TRANSPORT)
+        known = self._stock and watch is not None
+        causes = list(_causes(exc))
+        # The library says "All connection attempts failed"; the operating system says why.
+        reasons = [cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror]
+        detail = str(exc) or type(exc).__name__
+        return UpstreamError(
+            fault,
+            Sent.NOT_SENT if known and watch is not None and not watch.writing else Sent.MAYBE_SENT,
+            self._endpoint.url,
+            f"{detail} ({reasons[-1]})" if reasons and reasons[-1] not in detail else detail,
+            local=any(isinstance(cause, OSError) and cause.errno in _OUT_OF_RESOURCES for cause in causes),
+            reused=known and watch is not None and not watch.connecting,
+        )
+
+
+class _Watch:
+    """A trace callback of httpcore: notes whether a connection was made for this request, and the request written."""
+
+    __slots__ = ("_caller", "connecting", "writing")
+
+    def __init__(self, caller: Callable[[str, Any], Awaitable[None]] | None) -> None:
+        self._caller = caller
+        self.connecting = False
+        self.writing = False
+
+    async def __call__(self, name: str, info: Any) -> None:
+        if name.endswith("send_request_headers.started"):
+            self.writing = True
+        elif name.startswith("connection.connect_"):
+            self.connecting = True
+        if self._caller is not None:
+            await self._caller(name, info)
+
+
+class _WireURL:
+    """What `AsyncHTTPTransport` reads of a URL. A real one would be parsed again for every endpoint (31 us)."""
+
+    __slots__ = ("port", "raw_host", "raw_path", "raw_scheme")
+
+    def __init__(self, endpoint: Endpoint, target: bytes) -> None:
+        self.raw_scheme = endpoint.scheme.encode("ascii")
+        self.raw_host = endpoint.host.encode("ascii")
+        self.port = endpoint.port
+        self.raw_path = target
+
+    @property
+    def scheme(self) -> str:
+        return self.raw_scheme.decode("ascii")
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.raw_host.decode('ascii')}:{self.port}{self.raw_path.decode('latin-1')}"
+
+
+class _WireRequest:
+    """What `AsyncHTTPTransport` reads of a request. `headers.raw` is how it asks for the pairs."""
+
+    __slots__ = ("extensions", "headers", "method", "raw", "stream", "url")
+
+    def __init__(self, method: str, url: _WireURL, raw: Headers, stream: Any, extensions: dict[str, Any]) -> None:
+        self.method = method
+        self.url = url
+        self.raw = raw
+        self.headers = self
+        self.stream = stream
+        self.extensions = extensions
+
+
+class _TransportBody:
+    """The body of a reply, its failures in pathlb's terms."""
+
+    def __init__(self, stream: Any, upstream: TransportUpstream) -> None:
+        self._stream = stream
+        self._upstream = upstream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            async for part in self._stream:
+                yield part
+        except self._upstream._stack.TransportError as exc:
+            raise self._upstream._failure(exc, None) from exc
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+def _stream_class(stack: ModuleType) -> type[Any]:
+    """A one-shot request body as the stack's `AsyncByteStream`, which its transports insist on."""
+
+    class OneShotStream(stack.AsyncByteStream):  # type: ignore[name-defined,misc]
+        def __init__(self, body: OneShotBody) -> None:
+            self._body = body
+
+        def __aiter__(self) -> AsyncIterator[bytes]:
+            return aiter(self._body)
+
+    return OneShotStream
+
+
+def _causes(exc: BaseException) -> Iterator[BaseException]:
+    """The exception, what caused it, and the members of groups, down to the operating system's own."""
+    pending: list[BaseException | None] = [exc]
+    seen: set[int] = set()
+    while pending:
+        one = pending.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        pending += [one.__cause__, one.__context__]
+        if isinstance(one, BaseExceptionGroup):
+            pending += one.exceptions
+
+
+class TransportUpstreams:
+    """Makes one `AsyncHTTPTransport` an endpoint, its pool without limits: waiting is the balancer's business.
+
+    The arguments mean what they mean to `httpx.AsyncClient`. `stack` is the `httpx` or the `httpx2` module.
+    """
+
+    def __init__(
+        self,
+        *,
+        verify: ssl.SSLContext | str | bool = True,
+        cert: Any = None,
+        http1: bool = True,
+        http2: bool = False,
+        trust_env: bool = True,
+        proxy: Any = None,
+        stack: ModuleType = httpx,
+    ) -> None:
+        self._verify = verify
+        self._cert = cert
+        self._http1 = http1
+        self._http2 = http2
+        self._trust_env = trust_env
+        self._proxy = proxy
+        self._stack = stack
+        self._context: ssl.SSLContext | None = None
+
+    def __call__(self, endpoint: Endpoint) -> TransportUpstream:
+        stack = self._stack
+        transport = stack.AsyncHTTPTransport(
+            verify=self._ssl_context(endpoint),
+            http1=self._http1,
+            http2=self._http2,
+            limits=stack.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=5.0),
+            proxy=self._proxy,
+            uds=endpoint.uds,
+        )
+        return TransportUpstream(transport, endpoint, stack=stack)
+
+    def _ssl_context(self, endpoint: Endpoint) -> ssl.SSLContext:
+        if endpoint.scheme == "http" and self._proxy is None:
+            return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # never used; loading the CA bundle takes 20 ms
+        if self._context is None:
+            self._context = self._stack.create_ssl_context(
+                verify=self._verify, cert=self._cert, trust_env=self._trust_env
+            )
+        assert self._context is not None
+        return self._context
