@@ -7,19 +7,19 @@ import os
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import anyio
 
+from .admission import CANCELLED, Admission
 from .classify.http import HTTPClassifier
 from .config import DEADLINE, Health, Idempotent, check_kind
-from .core.admission import Waiter
 from .core.cluster import Settings
 from .core.config import Breaker, Limits, Outlier, Panic, Retry, SlowStart, check_number
 from .core.endpoints import EndpointState, check_endpoints
-from .core.engine import TICK, Engine, Grant, Refusal
+from .core.engine import TICK, Engine
 from .core.errors import ConfigError
 from .core.events import Event, Listener
 from .core.lease import Lease, Want
@@ -30,15 +30,13 @@ from .core.snapshot import Snapshot
 from .errors import (
     DeadlineExceeded,
     Fault,
-    NoEligibleEndpoint,
     PathlbError,
-    QueueFull,
-    QueueTimeout,
     UpstreamError,
     UsageError,
 )
-from .exchange import Attempt, Headers, Reply, ReplyBody, Request
+from .exchange import Attempt, Headers, Reply, Request
 from .health import Prober
+from .leased_body import LeasedBody
 from .runner import Runner, current_home, make_runner
 from .strategies import BoundStrategy
 from .telemetry.hook import less_replaced
@@ -53,7 +51,6 @@ _IDEMPOTENT_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELE
 _NO_HEADERS: Headers = []
 _STALL = 0.1  # seconds this process must have stalled during an attempt for its timeout to be its own fault
 
-_CANCELLED = Outcome(Cause.CANCELLED, detail="cancelled by the caller")
 _GIVEN_UP = Outcome(Cause.GIVEN_UP, retry=True, detail="given up: its endpoint was taken out while it waited")
 _DEADLINE = Outcome(Cause.BEYOND, detail="no reply before the deadline")
 
@@ -130,7 +127,7 @@ class Balancer:
         self._retry = retry
         self._strategic = bool(retry.retry or retry.stop or retry.wait)
         self._deadline = deadline
-        self._queue_timeout = limits.queue_timeout
+        self._admission = Admission(self._engine, clock, limits.queue_timeout)
         self._idempotent = idempotent
         self._tracing = Tracing() if telemetry else None
         self._factory: UpstreamFactory = upstream if upstream is not None else TransportUpstreams()
@@ -141,7 +138,7 @@ class Balancer:
         self._ticking = False
         self._closed = False
         # Bodies dropped without being closed; the garbage collector may find them on any thread.
-        self._dropped: deque[_LeasedBody] = deque()
+        self._dropped: deque[LeasedBody] = deque()
         self.bases: dict[bytes, bytes] = {}
         """Authority of each endpoint and its base path, for the adapters."""
         self.scheme = "https" if all(endpoint.scheme == "https" for endpoint in checked) else "http"
@@ -165,7 +162,7 @@ class Balancer:
             return
         if self._runner is not None:
             self._claim()
-        self._closed = True
+        self._closed = self._admission.closed = True
         self._engine.apply(self._clock(), ())
         if self._runner is None:
             return
@@ -261,7 +258,7 @@ class Balancer:
         unsent = 0
         slept = 0.0
         while True:
-            lease = await self._admit(request, want, deadline, attempts)
+            lease = await self._admission.lease(want, deadline, request.timeouts.pool, attempts)
             if not self._ticking:
                 self._start_ticking(runner)
             reply, error, outcome = await self._attempt(runner, request, lease, deadline, len(attempts))
@@ -285,12 +282,12 @@ class Balancer:
                     strategy=self._bind(reply or error, request, len(attempts), now - began, slept),
                 )
             except BaseException:  # a strategy of the caller's raised
-                self._release(lease)
+                self.release(lease)
                 raise
             if not isinstance(decision, Again):
                 if reply is not None:
                     return self._hand_over(reply, lease, attempts)
-                self._release(lease)
+                self.release(lease)
                 assert error is not None
                 error.attempts = tuple(attempts)
                 raise error
@@ -300,63 +297,10 @@ class Balancer:
                     with anyio.CancelScope(shield=True):
                         await reply.body.aclose()
             finally:
-                self._release(lease)
+                self.release(lease)
             if decision.wait:
                 slept += decision.wait
                 await anyio.sleep(decision.wait)
-
-    async def _admit(self, request: Request, want: Want, deadline: float, attempts: list[Attempt]) -> Lease:
-        """A lease, at once or after a wait in the queue."""
-        now = self._clock()
-        turn = _Turn()
-        grant = self._engine.acquire(now, want, turn.come)
-        if isinstance(grant, Lease):
-            return grant
-        if isinstance(grant, Refusal):
-            raise self._refused(grant, attempts)
-        pool_timeout = request.timeouts.pool
-        patience = self._queue_timeout if pool_timeout is None else pool_timeout
-        return await self._wait(grant, turn, min(patience, deadline - now), deadline, attempts)
-
-    async def _wait(
-        self, waiter: Waiter[Grant], turn: _Turn, seconds: float, deadline: float, attempts: list[Attempt]
-    ) -> Lease:
-        why = "cancelled"
-        try:
-            with anyio.move_on_after(seconds):
-                await turn.wait()
-            why = "timeout"
-        finally:
-            left = self._engine.leave_queue(self._clock(), waiter, why)
-            if why == "cancelled" and isinstance(waiter.grant, Lease):
-                # Granted and cancelled at once: the grant goes back, and with it to the next in the queue.
-                self._engine.observe(self._clock(), waiter.grant, _CANCELLED)
-                self._release(waiter.grant)
-        if not left:
-            if isinstance(waiter.grant, Lease):
-                return waiter.grant
-            assert isinstance(waiter.grant, Refusal)  # it has left the queue with one or the other
-            raise self._refused(waiter.grant, attempts)
-        if self._clock() >= deadline:
-            raise DeadlineExceeded(
-                "the deadline passed in the queue: every eligible endpoint is at its limit", attempts
-            )
-        raise QueueTimeout(
-            f"waited {seconds:.3g} s in the queue: every eligible endpoint is at its limit; "
-            "add endpoints, or raise Limits(concurrency=...) if they can take more",
-            attempts,
-        )
-
-    def _refused(self, refusal: Refusal, attempts: list[Attempt]) -> PathlbError:
-        if self._closed:
-            return UsageError("this Balancer was closed while the request waited", attempts)
-        if refusal.queue_full:
-            return QueueFull(
-                f"the queue is full ({refusal.why}) and every eligible endpoint is at its limit; "
-                "send less, add endpoints, or raise Limits(queue=...)",
-                attempts,
-            )
-        return NoEligibleEndpoint(f"no eligible endpoint: {refusal.why}", attempts)
 
     async def _attempt(
         self, runner: Runner, request: Request, lease: Lease, deadline: float, resends: int
@@ -370,7 +314,7 @@ class Balancer:
         span = self._tracing.start(request, endpoint.endpoint, resends) if self._tracing is not None else None
         reply: Reply | None = None
         error: PathlbError | None = None
-        outcome = _CANCELLED
+        outcome = CANCELLED
         try:
             async with scope:
                 upstream = self._upstreams[endpoint.url]
@@ -394,7 +338,7 @@ class Balancer:
             if span is not None:
                 span.end(outcome, reply, error)
             if reply is None and error is None:
-                self._release(lease)
+                self.release(lease)
         return reply, error, outcome
 
     def _classify_failure(self, request: Request, error: UpstreamError, lease: Lease) -> Outcome:
@@ -435,18 +379,24 @@ class Balancer:
 
     def _hand_over(self, reply: Reply, lease: Lease, attempts: list[Attempt]) -> Reply:
         reply.attempts = tuple(attempts)
-        reply.body = _LeasedBody(reply.body, self, lease)
+        reply.body = LeasedBody(reply.body, lease, self)
         return reply
 
     # --- the ends of leases
 
-    def _release(self, lease: Lease) -> None:
+    def release(self, lease: Lease) -> None:
+        """The request of this lease is no longer in flight (`leased_body.LeaseEnds`)."""
         if self._engine.release(self._clock(), lease):
             self._retire(lease.endpoint.url)
 
-    def _fail_body(self, lease: Lease, error: UpstreamError) -> None:
+    def fail_body(self, lease: Lease, error: UpstreamError) -> None:
+        """The reply body of this lease broke off."""
         outcome = self._classifier.failure(_NO_REQUEST, error)
         self._engine.fail_body(self._clock(), lease, outcome)
+
+    def dropped(self, body: LeasedBody) -> None:
+        """A body was collected without being closed; the next tick sees to it. Safe from any thread."""
+        self._dropped.append(body)
 
     def _start_ticking(self, runner: Runner) -> None:
         self._ticking = True
@@ -456,7 +406,7 @@ class Balancer:
     def _tick(self) -> bool:
         while self._dropped:
             body = self._dropped.popleft()
-            self._release(body.lease)
+            self.release(body.lease)
             assert self._runner is not None  # a tick comes from it
             self._runner.spawn(partial(_close_quietly, body.inner))
         self._engine.tick(self._clock())
@@ -494,60 +444,6 @@ class Balancer:
     def _kind_of(self, url: str) -> str:
         upstream = self._upstreams.get(url)
         return upstream.kind if upstream is not None else ""
-
-
-class _LeasedBody:
-    """The body of a reply, tied to the lease: closing it, or dropping it, ends the request."""
-
-    __slots__ = ("_balancer", "_done", "inner", "lease")
-
-    def __init__(self, inner: ReplyBody, balancer: Balancer, lease: Lease) -> None:
-        self.inner = inner
-        self.lease = lease
-        self._balancer = balancer
-        self._done = False
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        try:
-            async for part in self.inner:
-                yield part
-        except UpstreamError as exc:
-            if not self._done:
-                self._balancer._fail_body(self.lease, exc)
-            raise
-
-    async def aclose(self) -> None:
-        if self._done:
-            return
-        self._done = True
-        try:
-            await self.inner.aclose()
-        finally:
-            self._balancer._release(self.lease)
-
-    def __del__(self) -> None:
-        if not self._done:
-            self._balancer._dropped.append(self)
-
-
-class _Turn:
-    """A request's place in the queue, on the async side: the event is made only when there is a wait."""
-
-    __slots__ = ("_event", "_here")
-
-    def __init__(self) -> None:
-        self._here = False
-        self._event: anyio.Event | None = None
-
-    def come(self) -> None:
-        self._here = True
-        if self._event is not None:
-            self._event.set()
-
-    async def wait(self) -> None:
-        if not self._here:
-            self._event = anyio.Event()
-            await self._event.wait()
 
 
 _NO_REQUEST = Request("", b"", [])

@@ -33,6 +33,10 @@ class Waiter(Generic[GrantT]):
         self._settle()
 
 
+def _special(want: Want) -> bool:
+    return not want.plain or want.key is not None
+
+
 class WaitQueue(Generic[GrantT]):
     """Waiters in the order of their arrival. Those that gave up are skipped, in constant time each."""
 
@@ -40,6 +44,8 @@ class WaitQueue(Generic[GrantT]):
         self._bound = bound
         self._waiters: deque[Waiter[GrantT]] = deque()
         self.depth = 0
+        self.special = 0
+        """How many of them cannot be served by just any endpoint."""
 
     @property
     def full(self) -> bool:
@@ -51,32 +57,32 @@ class WaitQueue(Generic[GrantT]):
             raise IllegalEvent("queue: push on a full queue")
         self._waiters.append(waiter)
         self.depth += 1
+        self.special += _special(waiter.want)
 
     def leave(self, waiter: Waiter[GrantT]) -> bool:
         """The waiter gives up; false when it had been granted before it could."""
         if not waiter.waiting:
             return False
         waiter.waiting = False
-        self.depth -= 1
-        self._trim()
+        self._left(waiter)
+        self.trim()
         return True
 
     def serve(self, waiter: Waiter[GrantT], grant: GrantT) -> None:
-        """Take the waiter out and hand it its grant."""
+        """Hand the waiter its grant. Safe while iterating; call `trim` afterwards."""
         waiter.settle(grant)
-        self.depth -= 1
-        self._trim()
+        self._left(waiter)
 
     def __iter__(self) -> Iterator[Waiter[GrantT]]:
-        """Those waiting, first come first; safe to serve while iterating."""
-        return iter([waiter for waiter in self._waiters if waiter.waiting])
+        """Those waiting, first come first."""
+        return (waiter for waiter in self._waiters if waiter.waiting)
 
-    @property
-    def head(self) -> Waiter[GrantT] | None:
-        return self._waiters[0] if self._waiters else None
+    def _left(self, waiter: Waiter[GrantT]) -> None:
+        self.depth -= 1
+        self.special -= _special(waiter.want)
 
-    def _trim(self) -> None:
-        """Keep a waiting one at the head, and the memory of those that gave up bounded by those that wait."""
+    def trim(self) -> None:
+        """Keep a waiting one at the head, and the memory of those that left bounded by those that wait."""
         waiters = self._waiters
         while waiters and not waiters[0].waiting:
             waiters.popleft()

@@ -148,6 +148,15 @@ class CircuitBreaker:
             why = f"no answer from the probe in {self._config.probe_timeout:g} s"
             self._fire(now, BreakerEvent.PROBE_FAILED, why)
 
+    def idle(self, now: float) -> bool:
+        """Whether it knows nothing that a new one would not: closed, and has been; no failure in the window."""
+        return (
+            self.state is _CLOSED
+            and now - self.closed_at >= self._config.window
+            and not self.consecutive_failures
+            and not self._failures.total(now)
+        )
+
     def forgive(self, seconds: float) -> None:
         """This process stalled for `seconds`: a probe under way gets them back."""
         self.probe_deadline += seconds

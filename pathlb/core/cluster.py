@@ -9,7 +9,7 @@ from functools import partial
 
 from . import events
 from .breaker import BreakerState, CircuitBreaker
-from .config import Breaker, Limits, Outlier, Panic, Retry, SlowStart
+from .config import Breaker, Limits, Outlier, Panic, Retry, SlowStart, check_number
 from .eligibility import Standing, View, standing, survey
 from .endpoints import Admin, EndpointSet, EndpointState, SetChange
 from .errors import ConfigError
@@ -23,6 +23,7 @@ _JUDGE_EVERY = 0.1  # seconds between outlier comparisons of up to 50 endpoints;
 _OVERLOAD_BACKOFF = 0.25  # seconds an endpoint is passed over after a first 429 without Retry-After, doubling
 _OVERLOAD_MAX = 8.0
 _RETRY_AFTER_MAX = 30.0  # what one reply may ask for on behalf of all requests to its endpoint
+_KEYS_KEPT = 100  # breakers of keys on one endpoint, beyond which those with nothing to remember are dropped
 _RAMP_STEP = 0.1  # seconds between updates of a weight on the slow-start ramp
 
 
@@ -41,6 +42,15 @@ class Settings:
     rise: int = 1
     fall: int = 1
 
+    def __post_init__(self) -> None:
+        for name in ("rise", "fall"):
+            check_number("Settings", name, getattr(self, name), 1, whole=True)
+
+
+def _is_scoped(outcome: Outcome) -> bool:
+    """Whether one service on the endpoint is at fault, and the endpoint itself is not."""
+    return outcome.cause is Cause.SERVICE and outcome.key is not None
+
 
 class Cluster:
     """All endpoints with their state. `changed` is set whenever picks may turn out differently from now on."""
@@ -52,6 +62,7 @@ class Cluster:
         self._set = EndpointSet()
         self._started = False
         self._views: dict[str | None, View] = {}
+        self._shut: frozenset[str] | None = None
         self._next_judgement = -math.inf
         self.changed = False
         self.next_advance = -math.inf
@@ -93,13 +104,18 @@ class Cluster:
 
     def drain(self, now: float, url: str) -> None:
         """Give it nothing new."""
-        self._administer(url).admin = Admin.DRAINING
+        state = self._administer(url)
+        if state.admin is Admin.DRAINING:
+            return
+        state.admin = Admin.DRAINING
         self._outbox.add(events.EndpointsChanged(now, drained=(url,)))
         self._invalidate()
 
     def undrain(self, now: float, url: str) -> None:
         """Take a drained endpoint back, on the ramp."""
         state = self._administer(url)
+        if state.admin is Admin.READY:
+            return
         state.admin = Admin.READY
         self._ramp(now, state)
         self._outbox.add(events.EndpointsChanged(now, undrained=(url,)))
@@ -113,8 +129,8 @@ class Cluster:
         if not passed:
             state.last_failed = now
         if state.health.record(passed, why):
-            if before is Health.DOWN:
-                self._ramp(now, state)
+            if before is Health.DOWN or state.ramp_from is not None:
+                self._ramp(now, state)  # from the moment it may serve, not from the moment it joined
             self._invalidate()
             self._outbox.add(events.HealthChanged(now, url, before.value, state.health.state.value, why))
 
@@ -127,8 +143,21 @@ class Cluster:
         """What picks for `key` choose from."""
         view = self._views.get(key)
         if view is None:
+            if key is not None and key not in self._shut_keys():
+                return self.view(None)  # nothing sets it apart; keys come from callers, there may be any number
             view = self._views[key] = survey(self._set, self._settings.panic, key)
         return view
+
+    def _shut_keys(self) -> frozenset[str]:
+        """Keys with a breaker that is not closed."""
+        if self._shut is None:
+            self._shut = frozenset(
+                key
+                for state in self._set
+                for key, breaker in state.key_breakers.items()
+                if breaker.state is not BreakerState.CLOSED
+            )
+        return self._shut
 
     # --- evidence
 
@@ -148,29 +177,37 @@ class Cluster:
             state.counts.overloaded += 1
             self._throttle(now, state, outcome.retry_after)
         elif SIGNALS[outcome.cause].outlier is Mark.FAILURE:
-            state.recent.add(Sample(running, True, None))
-            state.last_failed = now
             state.counts.failed += 1
+            if not _is_scoped(outcome):
+                state.recent.add(Sample(running, True, None))
+                state.last_failed = now
         else:
             state.counts.ignored += 1
 
     def inform_breakers(self, now: float, lease: Lease, outcome: Outcome) -> None:
-        """Let the breaker of the outcome's scope count it, and end the probe the lease may be."""
+        """Let the breakers of the endpoint and of the keys concerned count it, and end the probe the lease may be."""
         state, mark = lease.endpoint, SIGNALS[outcome.cause].breaker
-        if lease.probing is not None:
-            lease.probing.observe(
-                now, mark, lease.epoch if lease.probing is state.breaker else lease.key_epoch, probe=True
-            )
-            if lease.probing is state.breaker:
-                return
-        if outcome.key is None:
-            state.breaker.observe(now, mark, lease.epoch, panic=lease.panic)
+        # An instance that answers for one of its services being at fault is itself at work.
+        own = Mark.SUCCESS if _is_scoped(outcome) else mark
+        state.breaker.observe(now, own, lease.epoch, probe=lease.probing is state.breaker, panic=lease.panic)
+        if lease.key is None and outcome.key is None:
             return
-        breaker = state.key_breakers.get(outcome.key)
-        if breaker is None and mark is Mark.FAILURE:
-            breaker = state.key_breakers[outcome.key] = self._new_breaker(state, outcome.key)
-        if breaker is not None and breaker is not lease.probing:
-            breaker.observe(now, mark, lease.key_epoch, panic=lease.panic)
+        if outcome.key is not None and mark is Mark.FAILURE and outcome.key not in state.key_breakers:
+            self._add_key_breaker(now, state, outcome.key)
+        for key in dict.fromkeys((lease.key, outcome.key)):
+            breaker = state.key_breakers.get(key) if key is not None else None
+            if breaker is None:
+                continue
+            about = mark if outcome.key is None or outcome.key == key else Mark.IGNORE
+            epoch = lease.key_epoch if key == lease.key else breaker.epoch
+            breaker.observe(now, about, epoch, probe=breaker is lease.probing, panic=lease.panic)
+
+    def _add_key_breaker(self, now: float, state: EndpointState, key: str) -> None:
+        breakers = state.key_breakers
+        if len(breakers) >= _KEYS_KEPT:
+            for idle in [known for known, breaker in breakers.items() if breaker.idle(now)]:
+                del breakers[idle]
+        breakers[key] = self._new_breaker(state, key)
 
     def eject_outliers(self, now: float, running: float) -> None:
         """Compare the endpoints and set aside what stands out, as far as the maximum share allows."""
@@ -256,9 +293,8 @@ class Cluster:
     ) -> None:
         if after is BreakerState.OPEN:
             state.last_failed = now
-            if before is BreakerState.CLOSED:
-                state.counts.breaker_opens += 1
-                self.condemned.append((state, key))
+            state.counts.breaker_opens += before is BreakerState.CLOSED
+            self.condemned.append((state, key))
         elif after is BreakerState.CLOSED and key is None:
             state.recent.clear()
             self._ramp(now, state)
@@ -280,11 +316,12 @@ class Cluster:
 
     def _throttle(self, now: float, state: EndpointState, retry_after: float | None) -> None:
         """Pass the endpoint over for as long as it asked, or a little longer each time in a row."""
-        state.overload_streak += 1
+        if now >= state.throttled_until:  # answers to requests sent before it was throttled say nothing new
+            state.overload_streak += 1
         if retry_after is None:
             seconds = min(_OVERLOAD_MAX, _OVERLOAD_BACKOFF * 2.0 ** min(state.overload_streak - 1, 30))
         else:
-            seconds = min(_RETRY_AFTER_MAX, retry_after)
+            seconds = max(0.0, min(_RETRY_AFTER_MAX, retry_after))
         state.throttled_until = max(state.throttled_until, now + seconds)
         self._invalidate()
 
@@ -314,5 +351,6 @@ class Cluster:
 
     def _invalidate(self) -> None:
         self._views.clear()
+        self._shut = None
         self.changed = True
         self.next_advance = -math.inf

@@ -6,7 +6,7 @@ A wrong value raises `ConfigError` naming the field, here and not at the first r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ def _check_all(settings: Any, **bounds: tuple[float, float] | tuple[float, float
 
 
 _ANY = math.inf
+_HUGE = 1e9  # for what is multiplied: infinity times zero is no number
 _TINY = 1e-6  # the shortest time that means anything; rules out zero and negative durations
 
 
@@ -144,6 +145,8 @@ class Panic:
 
     def __post_init__(self) -> None:
         _check_all(self, threshold=(0, 1))
+        if not isinstance(self.fail_closed, bool):
+            raise ConfigError("Panic.fail_closed", f"must be True or False, not {self.fail_closed!r}")
         if self.fail_closed and self.threshold > 0:
             raise ConfigError("Panic.threshold", "has no meaning with fail_closed=True; leave it at 0")
 
@@ -238,12 +241,14 @@ class Retry:
             _check_all(self, attempts=(1, _ANY, "whole"))
         _check_all(
             self,
-            wait_base=(0, _ANY),
-            wait_max=(0, _ANY),
-            budget_ratio=(0, _ANY),
-            budget_reserve=(0, _ANY),
-            budget_ttl=(1, _ANY),
+            wait_base=(0, _HUGE),
+            wait_max=(0, _HUGE),
+            budget_ratio=(0, _HUGE),
+            budget_reserve=(0, _HUGE),
+            budget_ttl=(1, _HUGE),
         )
+        if not isinstance(self.statuses, Iterable):
+            raise ConfigError("Retry.statuses", f"must be a set of status codes, not {self.statuses!r}")
         object.__setattr__(self, "statuses", frozenset(self.statuses))
         for status in self.statuses:
             check_number("Retry", "statuses", status, 400, 599, whole=True)

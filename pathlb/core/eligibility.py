@@ -73,7 +73,7 @@ class View:
     fallback: tuple[EndpointState, ...]
     """What panic chooses from: everything not drained."""
     panic: bool
-    """Too few are eligible."""
+    """Too few are eligible, and there is something to fail open to."""
 
 
 def survey(states: Iterable[EndpointState], panic: Panic, key: str | None = None) -> View:
@@ -99,7 +99,7 @@ def survey(states: Iterable[EndpointState], panic: Panic, key: str | None = None
         tuple(throttled),
         tuple(half_open),
         tuple(fallback),
-        not panic.fail_closed and eligible <= panic.threshold * len(fallback),
+        bool(fallback) and not panic.fail_closed and eligible <= panic.threshold * len(fallback),
     )
 
 

@@ -173,8 +173,8 @@ class EndpointSet:
 
 def check_endpoints(endpoints: Iterable[Endpoint | str]) -> list[Endpoint]:
     """URLs or Endpoints as a list of Endpoints. Raises `ConfigError` on none, on duplicates, on bad URLs."""
-    if isinstance(endpoints, str | Endpoint):
-        raise ConfigError("endpoints", "must be a list of URLs or Endpoints, not a single one")
+    if isinstance(endpoints, str | Endpoint) or not isinstance(endpoints, Iterable):
+        raise ConfigError("endpoints", f"must be a list of URLs or Endpoints, not {type(endpoints).__name__}")
     checked: dict[str, Endpoint] = {}
     for index, given in enumerate(endpoints):
         try:

@@ -16,7 +16,7 @@ from . import events
 from .admission import Waiter, WaitQueue
 from .budget import RetryBudget
 from .cluster import Cluster, Settings
-from .eligibility import standing
+from .eligibility import View, standing
 from .endpoints import Admin, EndpointState, SetChange
 from .errors import IllegalEvent
 from .lease import Lease, LeaseState, Want
@@ -59,6 +59,9 @@ class Engine:
         self._queue: WaitQueue[Grant] = WaitQueue(settings.limits.queue)
         self._budget = RetryBudget(settings.retry)
         self._stall = StallMeter(TICK, _STALL_TOLERANCE)
+        self._forgiven = 0.0
+        """Seconds of stall the probes under way have been given back."""
+        self._stalled_at_tick = 0.0
         self._panicking = False
 
     # --- the set of endpoints
@@ -93,18 +96,19 @@ class Engine:
     def acquire(self, now: float, want: Want, settle: Callable[[], None]) -> Lease | Waiter[Grant] | Refusal:
         """An endpoint for one attempt: a lease at once, a place in the queue, or a refusal.
 
-        `settle` is called when the place in the queue turned into `Waiter.grant`, possibly before this returns.
+        `settle` is called when the place in the queue turned into `Waiter.grant`.
         """
         if now >= self._cluster.next_advance:
-            self._cluster.advance(now)
+            self._advance(now)
             self._settle(now)
         if not want.tried:
             self._budget.deposit(now)
-        if not self._queue.depth:
-            grant = self._pick(now, want)
-            if grant is not None:
-                self._settle(now)
-                return grant
+        if self._queue.depth:
+            self._pump(now)  # nothing is free for those who wait, unless time alone allowed a probe
+        grant = self._pick(now, want)
+        if grant is not None:
+            self._settle(now)
+            return grant
         if self._queue.full:
             self._outbox.add(events.QueueOverflow(now, self._queue.depth))
             self._outbox.flush()
@@ -112,7 +116,6 @@ class Engine:
         waiter: Waiter[Grant] = Waiter(want, now, settle)
         self._queue.push(waiter)
         self._outbox.add(events.Queued(now, self._queue.depth))
-        self._pump(now)
         self._settle(now)
         return waiter
 
@@ -121,7 +124,6 @@ class Engine:
         left = self._queue.leave(waiter)
         if left:
             self._outbox.add(events.Dequeued(now, self._queue.depth, now - waiter.since, why))
-            self._pump(now)
             self._settle(now)
         return left
 
@@ -209,14 +211,12 @@ class Engine:
 
     def tick(self, now: float) -> None:
         """The heartbeat, every `TICK` seconds while anything is in flight or queued."""
-        before = self._stall.total
         self._stall.beat(now)
-        stalled = self._stall.total - before
-        if stalled:
-            self._cluster.forgive_stall(stalled)
-        self._cluster.advance(now)
-        if not stalled:  # right after a stall the replies of that time are still unread
-            self._cluster.eject_outliers(now, now - self._stall.total)
+        self._advance(now)
+        stalled = self._stall.total
+        if stalled == self._stalled_at_tick:  # right after a stall the replies of that time are still unread
+            self._cluster.eject_outliers(now, now - stalled)
+        self._stalled_at_tick = stalled
         self._settle(now)
 
     def pause(self) -> None:
@@ -241,7 +241,7 @@ class Engine:
 
     def snapshot(self, now: float, upstream_of: Callable[[str], str]) -> Snapshot:
         """The state at this moment; `upstream_of` names the upstream of a URL."""
-        self._cluster.advance(now)
+        self._advance(now)
         self._settle(now)
         described = [
             replace(describe(state, now), upstream=upstream_of(state.url)) for state in self._cluster.everyone()
@@ -260,6 +260,14 @@ class Engine:
         return self._outbox.subscribe(listener)
 
     # --- the inside
+
+    def _advance(self, now: float) -> None:
+        """What time alone does. Time in which this process did not run is no probe's fault (pitfall 12)."""
+        stalled = self._stall.read(now)
+        if stalled > self._forgiven:
+            self._cluster.forgive_stall(stalled - self._forgiven)
+            self._forgiven = stalled
+        self._cluster.advance(now)
 
     def _pick(self, now: float, want: Want) -> Grant | None:
         """A lease, a refusal, or None when every eligible endpoint is at its limit."""
@@ -309,15 +317,28 @@ class Engine:
         return f"{stands or 'the set of endpoints is empty'}"
 
     def _pump(self, now: float) -> None:
-        """Serve the queue, first come first, as far as there is room."""
-        for waiter in self._queue:
-            grant = self._pick(now, waiter.want)
+        """Serve the queue, first come first, as far as there is room.
+
+        When there is none for a waiter who takes anything, there is none for the others like it; a waiter who wants
+        something special, or for whose key other endpoints are eligible, may still find room.
+        """
+        queue = self._queue
+        full: list[View] = []
+        for waiter in queue:
+            want = waiter.want
+            view = self._cluster.view(want.key)
+            if want.plain and any(view is one for one in full):
+                continue
+            grant = self._pick(now, want)
             if grant is not None:
                 why = "granted" if isinstance(grant, Lease) else "refused"
-                self._queue.serve(waiter, grant)
-                self._outbox.add(events.Dequeued(now, self._queue.depth, now - waiter.since, why))
-            elif waiter.want.plain:
-                return  # no room for one who takes anything; those who want something special might still find it
+                queue.serve(waiter, grant)
+                self._outbox.add(events.Dequeued(now, queue.depth, now - waiter.since, why))
+            elif want.plain:
+                if not queue.special:
+                    break
+                full.append(view)
+        queue.trim()
 
     def _settle(self, now: float) -> None:
         """After a change: give up what hangs on the condemned, serve the queue, tell the listeners."""

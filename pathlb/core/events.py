@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -186,10 +187,11 @@ Listener: TypeAlias = Callable[[Event], Any]
 class Outbox:
     """Holds events until the state is consistent again, then delivers them in order."""
 
-    __slots__ = ("_events", "listeners")
+    __slots__ = ("_events", "_flushing", "listeners")
 
     def __init__(self) -> None:
-        self._events: list[Event] = []
+        self._events: deque[Event] = deque()
+        self._flushing = False
         self.listeners: tuple[Listener, ...] = ()
         """Empty means that no event need be built."""
 
@@ -208,7 +210,13 @@ class Outbox:
 
     def flush(self) -> None:
         """Deliver. A listener that changes something makes further events: they come after those before them."""
-        while self._events:
-            event = self._events.pop(0)
-            for listener in self.listeners:
-                listener(event)
+        if self._flushing:
+            return
+        self._flushing = True
+        try:
+            while self._events:
+                event = self._events.popleft()
+                for listener in self.listeners:
+                    listener(event)
+        finally:
+            self._flushing = False

@@ -63,8 +63,10 @@ class Endpoint:
         weight = self.weight
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ConfigError("Endpoint.weight", f"must be a finite number above 0, not {weight!r}")
-        if self.server_hostname is not None and not self.server_hostname:
-            raise ConfigError("Endpoint.server_hostname", "must not be empty; leave it out for the URL's host")
+        if self.server_hostname is not None and not (isinstance(self.server_hostname, str) and self.server_hostname):
+            raise ConfigError("Endpoint.server_hostname", "must be a name; leave it out for the URL's host")
+        if not isinstance(self.metadata, Mapping):
+            raise ConfigError("Endpoint.metadata", f"must be a mapping, not {type(self.metadata).__name__}")
         put(self, "metadata", MappingProxyType(dict(self.metadata)))
         parts = _split(self.url)
         if parts.scheme == "unix":
@@ -91,42 +93,44 @@ class Endpoint:
         put(self, "url", f"{parts.scheme}://{shown}{base_path}")
 
 
+_URL = "Endpoint.url"
+
+
 def _split(url: str) -> SplitResult:
-    """Split and refuse what an endpoint must not carry. Credentials are refused without being repeated."""
-    field_name = "Endpoint.url"
+    """Split, and refuse what an endpoint must not carry. No message repeats what may be a secret."""
     if any(ch <= " " or ch == "\x7f" for ch in url):
-        raise ConfigError(field_name, "must not contain spaces or control characters")
+        raise ConfigError(_URL, "must not contain spaces or control characters")
+    shown = "it" if "@" in url else repr(url.split("?")[0].split("#")[0])
     try:
         parts = urlsplit(url)
-    except ValueError as exc:
-        raise ConfigError(field_name, f"is not a URL ({exc})") from None
+    except ValueError:
+        raise ConfigError(_URL, f"{shown} is not a URL") from None
     if "@" in parts.netloc:
-        raise ConfigError(field_name, "must not contain user info; give credentials as auth= or as a header")
+        raise ConfigError(_URL, "must not contain user info; give credentials as auth= or as a header")
     if parts.scheme not in ("http", "https", "unix"):
-        raise ConfigError(field_name, f"{url!r} must start with http://, https:// or unix://")
-    if parts.query or parts.fragment or "?" in url or "#" in url:
-        raise ConfigError(field_name, f"{url.split('?')[0].split('#')[0]!r} must not have a query or a fragment")
+        raise ConfigError(_URL, f"{shown} must start with http://, https:// or unix://")
+    if "?" in url or "#" in url:
+        raise ConfigError(_URL, f"{shown} must not have a query or a fragment")
     if parts.scheme == "unix":
         if parts.netloc or not parts.path.startswith("/") or parts.path == "/":
-            raise ConfigError(field_name, f"{url!r} must name a socket by its absolute path: unix:///run/gw.sock")
+            raise ConfigError(_URL, f"{shown} must name a socket by its absolute path: unix:///run/gw.sock")
         return parts
+    if not parts.netloc:
+        raise ConfigError(_URL, f"{shown} has no host")
     if not parts.path.isascii():
-        raise ConfigError(field_name, f"{url!r}: percent-encode the path")
+        raise ConfigError(_URL, f"{shown}: percent-encode the path")
     return parts
 
 
 def _ascii_host(parts: SplitResult) -> str:
-    host = parts.hostname
-    if not host:
-        raise ConfigError("Endpoint.url", f"{parts.geturl()!r} has no host")
-    if host.isascii():
-        if not all(ch.isalnum() or ch in "-._:%" for ch in host):
-            raise ConfigError("Endpoint.url", f"{parts.geturl()!r} has an invalid host")
-        return host
+    host = parts.hostname or ""
     try:
-        return host.encode("idna").decode("ascii")
+        host = host if host.isascii() else host.encode("idna").decode("ascii")
     except UnicodeError:
-        raise ConfigError("Endpoint.url", f"{parts.geturl()!r} has an invalid host") from None
+        host = ""
+    if not host or not all(ch.isalnum() or ch in "-._:%" for ch in host):
+        raise ConfigError(_URL, f"{parts.geturl()!r} has an invalid host")
+    return host
 
 
 def _port(parts: SplitResult) -> int:
@@ -137,7 +141,7 @@ def _port(parts: SplitResult) -> int:
     if port is None and not parts.netloc.endswith(":"):
         return _DEFAULT_PORTS[parts.scheme]
     if not port:
-        raise ConfigError("Endpoint.url", f"{parts.geturl()!r} has an invalid port; use 1 to 65535")
+        raise ConfigError(_URL, f"{parts.geturl()!r} has an invalid port; use 1 to 65535")
     return port
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .breaker import CircuitBreaker
+from .breaker import BreakerState, CircuitBreaker
 from .eligibility import View, breakers_of, least_recently_failed
 from .endpoints import EndpointState
 from .lease import Want
@@ -90,9 +90,11 @@ class Picker:
 
     def _probe(self, view: View, want: Want, now: float) -> Choice | None:
         for state in view.half_open:
-            if (want.pin is not None and state.url != want.pin) or state.url in want.avoid or not self.free(state):
+            if state in want.tried or state.url in want.avoid or not self.free(state):
                 continue
-            for breaker in breakers_of(state, want.key):
-                if breaker.may_probe(now, want.resendable):
-                    return Choice(state, "probe", len(view.half_open), probing=breaker)
+            if want.pin is not None and state.url != want.pin:
+                continue
+            shut = [breaker for breaker in breakers_of(state, want.key) if breaker.state is not BreakerState.CLOSED]
+            if all(breaker.may_probe(now, want.resendable) for breaker in shut):
+                return Choice(state, "probe", len(view.half_open), probing=shut[0])
         return None

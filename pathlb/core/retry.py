@@ -91,6 +91,7 @@ def decide(
     wait = strategy.wait() if strategy else None
     if wait is None:
         wait = 0.0 if situation.untried else _back_off(outcome, situation, config, rng)
+    wait = max(0.0, wait)
     if wait + situation.fastest >= situation.remaining:
         return Final("another attempt would not finish before the deadline")
     if outcome.sent is Sent.MAYBE_SENT and not situation.paid and not withdraw():

@@ -274,10 +274,12 @@ def test_kill_refuses_and_restore_listens_on_the_same_port(client: httpx.Client,
         with connect(fleet[0]) as idle:
             ask(idle)
             assert read_reply(idle).status == 200
+            idle.setblocking(False)
             fleet[0].kill()
-            assert fleet[0].stats().open_connections == 0
+            # No waiting: it is in effect.
             with pytest.raises(ConnectionResetError):
                 idle.recv(1)
+            assert fleet[0].stats().open_connections == 0
         for _ in range(2):
             with pytest.raises(ConnectionRefusedError):
                 connect(fleet[0])
@@ -294,7 +296,7 @@ def test_a_port_taken_while_killed_is_reported(client: httpx.Client, processes: 
     with Fleet(1, service_time=INSTANT, processes=processes) as fleet:
         fleet[0].kill()
         with socket.create_server(("127.0.0.1", fleet[0].port)):
-            with pytest.raises(OSError, match="gateway-0 cannot listen on .*in use"):
+            with pytest.raises(OSError, match=r"gateway-0 cannot listen on .*in use"):
                 fleet[0].restore()
         fleet[0].restore()
         assert client.get(fleet[0].url).status_code == 200
@@ -328,6 +330,23 @@ def test_what_a_mode_ends_frees_its_worker(mode: Mode) -> None:
             ask(sock)
             assert read_reply(sock).status == 200
         assert fleet[0].stats().in_flight == 0
+
+
+def test_a_hung_request_stays_unanswered_when_its_time_comes(caplog: pytest.LogCaptureFixture) -> None:
+    with Fleet(1, service_time=ServiceTime.constant(0.001)) as fleet:
+        fleet[0].set_mode(Mode.SLOW, factor=100)
+        with connect(fleet[0]) as hung, connect(fleet[0]) as later:
+            ask(hung)
+            while fleet[0].stats().requests != 1:
+                pass
+            fleet[0].set_mode(Mode.HANG)
+            # Answered after the time of the hung one has passed.
+            fleet[0].set_mode(Mode.SLOW, factor=200)
+            ask(later)
+            assert read_reply(later).status == 200
+            assert read_all(hung) == b""
+        # asyncio logs what a stray timer raises.
+        assert caplog.records == []
 
 
 def test_leaving_hang_closes_a_client_that_does_not_read() -> None:
