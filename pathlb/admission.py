@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import anyio
 
 from .core.admission import Waiter
@@ -15,12 +17,13 @@ CANCELLED = Outcome(Cause.CANCELLED, detail="cancelled by the caller")
 
 
 class Admission:
-    """Acquires leases from the engine on behalf of waiting tasks."""
+    """Acquires leases from the engine on behalf of waiting tasks; `release` takes back what nobody uses."""
 
-    def __init__(self, engine: Engine, clock: Clock, queue_timeout: float) -> None:
+    def __init__(self, engine: Engine, clock: Clock, queue_timeout: float, release: Callable[[Lease], None]) -> None:
         self._engine = engine
         self._clock = clock
         self._queue_timeout = queue_timeout
+        self._release = release
         self.closed = False
         """The balancer was closed: what still waits is told so."""
 
@@ -53,7 +56,7 @@ class Admission:
             if why == "cancelled" and isinstance(waiter.grant, Lease):
                 # Granted and cancelled at once: the grant goes back, and with it to the next in the queue.
                 self._engine.observe(self._clock(), waiter.grant, CANCELLED)
-                self._engine.release(self._clock(), waiter.grant)
+                self._release(waiter.grant)
         if not left:
             if isinstance(waiter.grant, Lease):
                 return waiter.grant

@@ -95,7 +95,7 @@ class Balancer:
         rng: Rng | None = None,
     ) -> None:
         checked = check_endpoints(endpoints)
-        check_number("", "deadline", deadline, 1e-6)
+        check_number("", "deadline", deadline, 1e-6, 1e9)
         check_kind("breaker", breaker, Breaker)
         check_kind("panic", panic, Panic)
         check_kind("slow_start", slow_start, SlowStart)
@@ -105,8 +105,11 @@ class Balancer:
             check_kind("outlier", outlier, Outlier)
         if health is not None:
             check_kind("health", health, Health)
-        if policy is not None and not (callable(getattr(policy, "pick", None)) and hasattr(policy, "name")):
+        picks = callable(getattr(policy, "pick", None)) and hasattr(policy, "name") and not isinstance(policy, type)
+        if policy is not None and not picks:
             raise ConfigError("policy", f"must be an object with a name and a pick method, not {policy!r}")
+        if upstream is not None and not callable(upstream):
+            raise ConfigError("upstream", f"must be a function from an Endpoint to an Upstream, not {upstream!r}")
         if idempotent is not None and not isinstance(idempotent, bool) and not callable(idempotent):
             raise ConfigError("idempotent", f"must be a bool or a function of the request, not {idempotent!r}")
         self._clock = clock
@@ -127,7 +130,7 @@ class Balancer:
         self._retry = retry
         self._strategic = bool(retry.retry or retry.stop or retry.wait)
         self._deadline = deadline
-        self._admission = Admission(self._engine, clock, limits.queue_timeout)
+        self._admission = Admission(self._engine, clock, limits.queue_timeout, self.release)
         self._idempotent = idempotent
         self._tracing = Tracing() if telemetry else None
         self._factory: UpstreamFactory = upstream if upstream is not None else TransportUpstreams()
@@ -139,8 +142,8 @@ class Balancer:
         self._closed = False
         # Bodies dropped without being closed; the garbage collector may find them on any thread.
         self._dropped: deque[LeasedBody] = deque()
-        self.bases: dict[bytes, bytes] = {}
-        """Authority of each endpoint and its base path, for the adapters."""
+        self.bases: dict[tuple[str, bytes], tuple[bytes, ...]] = {}
+        """Scheme and authority of the endpoints, each with the base paths there, longest first; for the adapters."""
         self.scheme = "https" if all(endpoint.scheme == "https" for endpoint in checked) else "http"
         """Scheme of the logical origin: that of the endpoints where they agree, so that secure cookies work."""
         self._apply(checked)
@@ -150,7 +153,11 @@ class Balancer:
     async def __aenter__(self) -> Balancer:
         self._claim()
         if self._prober is not None:
-            await self._prober.first_round()
+            try:
+                await self._prober.first_round()
+            except BaseException:  # nobody will leave what was not entered
+                await self.aclose()
+                raise
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -168,8 +175,9 @@ class Balancer:
             return
         with anyio.CancelScope(shield=True):
             await self._runner.aclose()
-            for upstream in self._upstreams.values():
-                await upstream.aclose()
+            # A copy: what is in flight ends with its upstream, and may retire another one.
+            for upstream in list(self._upstreams.values()):
+                await _close_quietly(upstream)
         self._upstreams.clear()
 
     def _claim(self) -> Runner:
@@ -185,13 +193,13 @@ class Balancer:
             if self._prober is not None:
                 self._prober.start(runner, self._engine, self._upstream_of)
             return runner
+        if self._pid != os.getpid():
+            raise UsageError("this Balancer was used before a fork; make one in each worker process, after the fork")
         if runner.home is not current_home():
             raise UsageError(
                 "this Balancer was first used on another event loop and cannot move its connections; "
                 "make one per event loop (in tests: one per test), or close it before the loop ends"
             )
-        if self._pid != os.getpid():
-            raise UsageError("this Balancer was used before a fork; make one in each worker process, after the fork")
         return runner
 
     # --- operation
@@ -242,11 +250,12 @@ class Balancer:
         `DeadlineExceeded`, `UpstreamError` (the last attempt's) or `UsageError`; all carry `attempts`.
         """
         runner = self._claim()
-        if self._prober is not None and not self._prober.settled:
-            await self._prober.first_round()
         engine, clock = self._engine, self._clock
         began = clock()
         deadline = began + (self._deadline if request.deadline is None else request.deadline)
+        if self._prober is not None and not self._prober.settled:
+            with anyio.move_on_after(deadline - began):
+                await self._prober.first_round()
         idempotent = self._may_send_twice(request)
         want = Want(
             resendable=idempotent and isinstance(request.body, bytes),
@@ -270,6 +279,7 @@ class Balancer:
             if reply is not None and not outcome.retry and not self._strategic:
                 return self._hand_over(reply, lease, attempts)
             unsent += outcome.sent is Sent.NOT_SENT
+            want.failed_on(endpoint)  # before the decision: whether another one is left depends on it
             try:
                 decision = engine.decide(
                     now,
@@ -282,7 +292,7 @@ class Balancer:
                     strategy=self._bind(reply or error, request, len(attempts), now - began, slept),
                 )
             except BaseException:  # a strategy of the caller's raised
-                self.release(lease)
+                await self._discard(reply, lease)
                 raise
             if not isinstance(decision, Again):
                 if reply is not None:
@@ -291,13 +301,7 @@ class Balancer:
                 assert error is not None
                 error.attempts = tuple(attempts)
                 raise error
-            want.failed_on(endpoint)
-            try:
-                if reply is not None:
-                    with anyio.CancelScope(shield=True):
-                        await reply.body.aclose()
-            finally:
-                self.release(lease)
+            await self._discard(reply, lease)
             if decision.wait:
                 slept += decision.wait
                 await anyio.sleep(decision.wait)
@@ -364,8 +368,10 @@ class Balancer:
         if request.idempotent is not None:
             return request.idempotent
         rule = self._idempotent
+        if callable(rule):
+            rule = rule(request if request.expose is None else request.expose)
         if rule is not None:
-            return rule if isinstance(rule, bool) else bool(rule(request.expose if request.expose else request))
+            return bool(rule)
         if request.method in _IDEMPOTENT_METHODS:
             return True
         return any(len(name) == 15 and name.lower() == b"idempotency-key" for name, _ in request.headers)
@@ -384,6 +390,15 @@ class Balancer:
 
     # --- the ends of leases
 
+    async def _discard(self, reply: Reply | None, lease: Lease) -> None:
+        """End an attempt whose reply, if there is one, nobody gets."""
+        try:
+            if reply is not None:
+                with anyio.CancelScope(shield=True):
+                    await _close_quietly(reply.body)
+        finally:
+            self.release(lease)
+
     def release(self, lease: Lease) -> None:
         """The request of this lease is no longer in flight (`leased_body.LeaseEnds`)."""
         if self._engine.release(self._clock(), lease):
@@ -391,8 +406,7 @@ class Balancer:
 
     def fail_body(self, lease: Lease, error: UpstreamError) -> None:
         """The reply body of this lease broke off."""
-        outcome = self._classifier.failure(_NO_REQUEST, error)
-        self._engine.fail_body(self._clock(), lease, outcome)
+        self._engine.fail_body(self._clock(), lease, self._classify_failure(_NO_REQUEST, error, lease))
 
     def dropped(self, body: LeasedBody) -> None:
         """A body was collected without being closed; the next tick sees to it. Safe from any thread."""
@@ -408,7 +422,7 @@ class Balancer:
             body = self._dropped.popleft()
             self.release(body.lease)
             assert self._runner is not None  # a tick comes from it
-            self._runner.spawn(partial(_close_quietly, body.inner))
+            self._runner.spawn(partial(_close_quietly, body.inner), finish=True)
         self._engine.tick(self._clock())
         self._ticking = self._engine.busy
         if not self._ticking:
@@ -425,7 +439,10 @@ class Balancer:
         fresh = {one.url: self._factory(one) for one in endpoints if one.url not in self._upstreams}
         self._upstreams.update(fresh)
         change = self._engine.apply(self._clock(), endpoints)
-        self.bases = {endpoint.authority: endpoint.base_path for endpoint in endpoints}
+        bases: dict[tuple[str, bytes], list[bytes]] = {}
+        for endpoint in endpoints:
+            bases.setdefault((endpoint.scheme, endpoint.authority), []).append(endpoint.base_path)
+        self.bases = {origin: tuple(sorted(paths, key=len, reverse=True)) for origin, paths in bases.items()}
         for state in change.removed:
             if not state.in_flight:
                 self._retire(state.url)
@@ -436,7 +453,7 @@ class Balancer:
         """Close the upstream of an endpoint that left."""
         upstream = self._upstreams.pop(url, None)
         if upstream is not None and self._runner is not None and not self._closed:
-            self._runner.spawn(partial(_close_quietly, upstream))
+            self._runner.spawn(partial(_close_quietly, upstream), finish=True)
 
     def _upstream_of(self, state: EndpointState) -> Upstream:
         return self._upstreams[state.url]

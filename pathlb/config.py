@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 DEADLINE = 30.0
 """Default total deadline of a request in seconds, over queue, attempts and waits."""
 
-Idempotent = bool | Callable[[Any], bool] | None
-"""`True` or `False` for every request, or a function of the request (the HTTP library's own object)."""
+Idempotent = bool | Callable[[Any], bool | None] | None
+"""`True` or `False` for every request, or a function of the request (the HTTP library's own object); None decides
+nothing.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +43,12 @@ class Health:
     wait: bool = True
 
     def __post_init__(self) -> None:
-        if not self.path.startswith("/") or not self.path.isascii() or any(ch <= " " for ch in self.path):
-            raise ConfigError("Health.path", f"must start with / and be a valid request target, not {self.path!r}")
-        if not self.statuses:
-            raise ConfigError("Health.statuses", "must name at least one status")
+        path = self.path
+        if not isinstance(path, str) or not path.startswith("/") or not path.isascii() or any(ch <= " " for ch in path):
+            raise ConfigError("Health.path", f"must start with / and be a valid request target, not {path!r}")
+        if not isinstance(self.statuses, Collection) or isinstance(self.statuses, str | bytes) or not self.statuses:
+            raise ConfigError("Health.statuses", f"must be a set of at least one status, not {self.statuses!r}")
+        object.__setattr__(self, "statuses", frozenset(self.statuses))
         for status in self.statuses:
             check_number("Health", "statuses", status, 200, 599, whole=True)
         for name in ("interval", "changing_interval", "timeout"):
@@ -52,6 +56,8 @@ class Health:
         check_number("Health", "rise", self.rise, 1, whole=True)
         check_number("Health", "fall", self.fall, 1, whole=True)
         check_number("Health", "jitter", self.jitter, 0, 1)
+        if not isinstance(self.wait, bool):
+            raise ConfigError("Health.wait", f"must be True or False, not {self.wait!r}")
         if self.changing_interval > self.interval:
             raise ConfigError("Health.changing_interval", f"must be at most interval ({self.interval:g} s)")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .core.errors import ConfigError as ConfigError
 from .core.errors import IllegalEvent as IllegalEvent
@@ -31,6 +31,16 @@ class PathlbError(Exception):
             return self.message
         tried = "; ".join(str(attempt) for attempt in self.attempts)
         return f"{self.message} [tried {tried}]"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(cls: type[PathlbError], args: tuple[Any, ...], state: dict[str, Any]) -> PathlbError:
+    """An error from its parts: the constructors take others than `BaseException` keeps."""
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class NoEligibleEndpoint(PathlbError):

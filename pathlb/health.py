@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import anyio
@@ -24,11 +23,13 @@ class Prober:
         self._config = config
         self._clock = clock
         self._rng = rng
-        self._engine: Engine | None = None
-        self._upstream_of: Callable[[EndpointState], Upstream] | None = None
-        self._due: dict[str, float] = {}
+        self._engine: Engine
+        self._upstream_of: Callable[[EndpointState], Upstream]
+        self._watched: dict[EndpointState, anyio.CancelScope] = {}
+        self._unasked: set[EndpointState] = set()
+        """Of the first round."""
         self._first_round: anyio.Event | None = None
-        self._wake: anyio.Event | None = None
+        self._changed: anyio.Event | None = None
         self.settled = not config.wait
         """The first round is over, or nobody waits for it."""
 
@@ -36,6 +37,7 @@ class Prober:
         """Begin. Called once, by whichever request comes first."""
         self._engine = engine
         self._upstream_of = upstream_of
+        self._unasked = set(engine.members)
         self._first_round = anyio.Event()
         runner.spawn(self._run)
 
@@ -46,53 +48,57 @@ class Prober:
 
     def refresh(self) -> None:
         """The endpoints changed: ask the new ones now."""
-        if self._wake is not None:
-            self._wake.set()
+        if self._changed is not None:
+            self._changed.set()
 
     async def _run(self) -> None:
-        assert self._engine is not None  # start() has set it
-        while True:
-            now = self._clock()
-            members = {state.url: state for state in self._engine.members}
-            self._due = {url: self._due.get(url, -math.inf) for url in members}
-            async with anyio.create_task_group() as group:
-                for url, state in members.items():
-                    if self._due[url] <= now:
-                        group.start_soon(self._probe, state)
-            if self._first_round is not None and not self._first_round.is_set():
-                self.settled = True
-                self._first_round.set()
-            self._wake = anyio.Event()
-            with anyio.move_on_after(max(0.0, min(self._due.values(), default=math.inf) - self._clock())):
-                await self._wake.wait()
+        async with anyio.create_task_group() as group:
+            while True:
+                changed = self._changed = anyio.Event()
+                members = self._engine.members
+                for gone in self._watched.keys() - set(members):
+                    self._watched.pop(gone).cancel()
+                    self._asked(gone)
+                for state in members:
+                    if state not in self._watched:
+                        scope = self._watched[state] = anyio.CancelScope()
+                        group.start_soon(self._watch, state, scope)
+                await changed.wait()
 
-    async def _probe(self, state: EndpointState) -> None:
+    async def _watch(self, state: EndpointState, scope: anyio.CancelScope) -> None:
+        """Probe one endpoint for as long as it is a member."""
         config = self._config
-        assert self._engine is not None
-        assert self._upstream_of is not None
-        passed, why = False, f"no answer within {config.timeout:g} s"
-        with anyio.move_on_after(config.timeout):
-            passed, why = await self._ask(self._upstream_of(state))
-        self._engine.record_probe(self._clock(), state.url, passed, why)
-        pause = config.changing_interval if self._engine.health_changing(state.url) else config.interval
-        self._due[state.url] = self._clock() + pause * (1 + config.jitter * self._rng.random())
+        with scope:
+            while True:
+                passed, why = False, f"no answer within {config.timeout:g} s"
+                with anyio.move_on_after(config.timeout):
+                    passed, why = await self._ask(state)
+                self._engine.record_probe(self._clock(), state.url, passed, why)
+                self._asked(state)
+                pause = config.changing_interval if self._engine.health_changing(state.url) else config.interval
+                await anyio.sleep(pause * (1 + config.jitter * self._rng.random()))
 
-    async def _ask(self, upstream: Upstream) -> tuple[bool, str]:
+    def _asked(self, state: EndpointState) -> None:
+        """One less to wait for."""
+        self._unasked.discard(state)
+        if not self._unasked and self._first_round is not None and not self.settled:
+            self.settled = True
+            self._first_round.set()
+
+    async def _ask(self, state: EndpointState) -> tuple[bool, str]:
         config = self._config
         limit = config.timeout
         request = Request("GET", config.path.encode("ascii"), [], timeouts=Timeouts(limit, limit, limit, None))
         try:
-            reply = await upstream.send(request, [])
+            reply = await self._upstream_of(state).send(request, [])
+            try:
+                async for _ in reply.body:
+                    pass
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await reply.body.aclose()
         except PathlbError as exc:
             return False, str(exc)
         except Exception as exc:  # a foreign transport's own; a probe must not end with it
             return False, f"{type(exc).__name__}: {exc}"
-        try:
-            async for _ in reply.body:
-                pass
-        except PathlbError as exc:
-            return False, str(exc)
-        finally:
-            with anyio.CancelScope(shield=True):
-                await reply.body.aclose()
         return reply.status in config.statuses, f"status {reply.status}"

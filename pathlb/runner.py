@@ -45,14 +45,17 @@ class Runner(Protocol):
     def scope(self, seconds: float) -> AttemptScope:
         """A scope that ends an attempt after `seconds`."""
 
-    def spawn(self, work: Work) -> None:
-        """Run `work` in the background until it ends or the runner is closed; it must not raise."""
+    def spawn(self, work: Work, *, finish: bool = False) -> None:
+        """Run `work` in the background until it ends or the runner is closed; it must not raise.
+
+        Closing waits for what is to `finish` and cancels the rest.
+        """
 
     def tick(self, seconds: float, callback: Callable[[], bool]) -> None:
         """Call `callback` every `seconds` until it answers false."""
 
     async def aclose(self) -> None:
-        """Cancel what runs and wait for its end."""
+        """Cancel what runs and need not finish, and wait for the end of everything."""
 
 
 def current_home() -> object:
@@ -94,7 +97,8 @@ class AsyncioScope:
         return self.cut
 
     def cancel(self) -> None:
-        self._timeout.reschedule(0)
+        if not self._timeout.expired():  # else it is ending already, and cannot be rescheduled
+            self._timeout.reschedule(0)
 
 
 class AsyncioRunner:
@@ -104,13 +108,13 @@ class AsyncioRunner:
         self.home: object = loop
         self.scope = AsyncioScope
         self._loop = loop
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._tasks: dict[asyncio.Task[object], bool] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def spawn(self, work: Work) -> None:
+    def spawn(self, work: Work, *, finish: bool = False) -> None:
         task = self._loop.create_task(_run(work), context=Context())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = finish
+        task.add_done_callback(self._tasks.__delitem__)
 
     def tick(self, seconds: float, callback: Callable[[], bool]) -> None:
         # A timer and not a task: a loop closed under it leaves nothing pending to warn about.
@@ -124,9 +128,10 @@ class AsyncioRunner:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
+        tasks = dict(self._tasks)
+        for task, finish in tasks.items():
+            if not finish:
+                task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
@@ -167,10 +172,10 @@ class TrioRunner:
         self.scope = TrioScope
         self._running: dict[trio.CancelScope, trio.Event] = {}
 
-    def spawn(self, work: Work) -> None:
+    def spawn(self, work: Work, *, finish: bool = False) -> None:
         import trio
 
-        scope, done = trio.CancelScope(), trio.Event()
+        scope, done = trio.CancelScope(shield=finish), trio.Event()
         self._running[scope] = done
 
         async def run() -> None:
@@ -194,5 +199,6 @@ class TrioRunner:
 
     async def aclose(self) -> None:
         for scope, done in list(self._running.items()):
-            scope.cancel()
+            if not scope.shield:
+                scope.cancel()
             await done.wait()

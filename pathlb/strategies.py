@@ -32,6 +32,7 @@ class BoundStrategy:
         slept: float,
     ) -> None:
         self._config = config
+        self._wait: float | None = None
         shown = present(result) if present is not None else result
         state = self._state = tenacity.RetryCallState(_INERT, None, (), {})
         state.attempt_number = attempts
@@ -51,8 +52,9 @@ class BoundStrategy:
         strategy = self._config.wait
         if strategy is None:
             return None
-        self._state.upcoming_sleep = max(0.0, float(strategy(self._state)))
-        return self._state.upcoming_sleep
+        if self._wait is None:  # asked once: it may be drawn at random, and `stop` must see what will be waited
+            self._wait = self._state.upcoming_sleep = max(0.0, float(strategy(self._state)))
+        return self._wait
 
     def stops(self) -> bool | None:
         strategy = self._config.stop

@@ -15,7 +15,7 @@ from ..core.errors import ConfigError
 from ..core.model import Endpoint
 from ..exchange import OneShotBody, Reply, Request
 from ..upstream.transport import TransportUpstreams
-from .translate import PLACEHOLDER, Translator
+from .translate import PLACEHOLDER, REDIRECTS, Translator
 
 DEFAULT_TIMEOUT = httpx2.Timeout(connect=0.5, read=15.0, write=15.0, pool=None)
 """Per attempt, in seconds. A relay may take 10; `pool`, the wait in the queue, is left to `Limits.queue_timeout`."""
@@ -72,9 +72,12 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
             "reason_phrase": reply.reason,
             "pathlb": {"attempts": reply.attempts},
         }
+        headers = reply.headers
+        if reply.status in REDIRECTS:
+            headers = self._translator.redirect_headers(reply, request.url.scheme, request.url.netloc)
         return httpx2.Response(
             reply.status,
-            headers=self._translator.reply_headers(reply),
+            headers=headers,
             stream=_ReplyStream(reply, request),
             extensions=extensions,
             request=request,
@@ -122,17 +125,19 @@ class AsyncClient(httpx2.AsyncClient):
     ) -> None:
         if transport is not None:
             raise ConfigError("transport", "is pathlb's own; give upstream= to decide how endpoints are reached")
+        connection = (verify, cert, http1, http2, proxy, trust_env)
+        defaults = _CONNECTION_DEFAULTS.items()
+        changed = [name for value, (name, usual) in zip(connection, defaults, strict=True) if value != usual]
         self._owns_balancer = not isinstance(endpoints, Balancer)
         if isinstance(endpoints, Balancer):
-            connection = (verify, cert, http1, http2, proxy, trust_env)
-            defaults = _CONNECTION_DEFAULTS.items()
-            changed = (name for value, (name, usual) in zip(connection, defaults, strict=True) if value != usual)
-            given = [*options, *changed]
-            if given:
-                raise ConfigError(given[0], "belongs to the Balancer; set it there")
+            for name in (*options, *changed):
+                raise ConfigError(name, "belongs to the Balancer; set it there")
             self.balancer = endpoints
         else:
-            if "upstream" not in options:
+            if "upstream" in options:
+                for name in changed:
+                    raise ConfigError(name, "has no effect with upstream=, which decides how endpoints are reached")
+            else:
                 options["upstream"] = TransportUpstreams(
                     verify=verify,
                     cert=cert,
@@ -143,9 +148,7 @@ class AsyncClient(httpx2.AsyncClient):
                     stack=httpx2,
                 )
             self.balancer = Balancer(endpoints, **options)
-        origin = httpx2.URL(base_url) if base_url else httpx2.URL(f"{self.balancer.scheme}://{PLACEHOLDER}")
-        if origin.scheme not in ("http", "https") or not origin.host:
-            raise ConfigError("base_url", f"must be absolute, like http://path-gateway/v1, not {str(base_url)!r}")
+        origin = _base_url(base_url or f"{self.balancer.scheme}://{PLACEHOLDER}")
         balanced = BalancedTransport(self.balancer)
         balanced._translator = Translator(self.balancer, host=host, origin=(origin.scheme, origin.netloc))
         super().__init__(
@@ -165,9 +168,9 @@ class AsyncClient(httpx2.AsyncClient):
         )
 
     async def __aenter__(self) -> AsyncClient:
-        await super().__aenter__()
         if self._owns_balancer:
             await self.balancer.__aenter__()
+        await super().__aenter__()
         return self
 
     async def __aexit__(self, *exc: Any) -> None:
@@ -181,6 +184,12 @@ class AsyncClient(httpx2.AsyncClient):
             await super().aclose()
         finally:
             await self._close_balancer()
+
+    def _merge_url(self, url: httpx2.URL | str) -> httpx2.URL:
+        # `//host/x` names a host: the base class would drop it and send `/x` to the gateways.
+        if str(url).startswith("//"):
+            url = f"{self.base_url.scheme}:{url}"
+        return super()._merge_url(url)
 
     async def _close_balancer(self) -> None:
         if self._owns_balancer:
@@ -215,6 +224,17 @@ class _ReplyStream(httpx2.AsyncByteStream):
 
     async def aclose(self) -> None:
         await self._body.aclose()
+
+
+def _base_url(given: httpx2.URL | str) -> httpx2.URL:
+    problem = "must be absolute, like http://path-gateway/v1"
+    try:
+        url = httpx2.URL(given)
+    except (httpx2.InvalidURL, TypeError) as exc:
+        raise ConfigError("base_url", f"{problem} ({exc})") from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ConfigError("base_url", f"{problem}, not {url!r}")  # whose repr hides a password
+    return url
 
 
 def _body(request: httpx2.Request) -> bytes | OneShotBody:

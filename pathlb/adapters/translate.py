@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from ..balancer import Balancer
 from ..core.errors import ConfigError
@@ -16,8 +16,11 @@ from ..exchange import Headers, OneShotBody, Reply, Request, Timeouts
 PLACEHOLDER = "pathlb.invalid"
 """Host of the logical origin when the caller names none; `.invalid` never resolves (RFC 2606)."""
 
+_PLACEHOLDER = PLACEHOLDER.encode("ascii")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_TAKEN_OVER = ("timeout", "pathlb", "target")  # of the extensions; the target needs the endpoint's base path
 _OPTIONS = ("deadline", "idempotent", "pin", "avoid")
-_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _NO_TIMEOUTS = Timeouts(None, None, None, None)
 
 
@@ -31,7 +34,7 @@ class Translator:
     def __init__(self, balancer: Balancer, *, host: str | None, origin: tuple[str, bytes] | None) -> None:
         if not isinstance(balancer, Balancer):
             raise ConfigError("balancer", f"must be a pathlb.Balancer, not {type(balancer).__name__}")
-        if host is not None and (not host or not host.isascii() or any(ch <= " " or ch in "/@?#" for ch in host)):
+        if host is not None and not _is_host(host):
             raise ConfigError("host", f"must be a host name with or without a port, not {host!r}")
         self._balancer = balancer
         self._host = host.encode("ascii") if host is not None else None
@@ -48,15 +51,17 @@ class Translator:
         extensions: Mapping[str, Any],
     ) -> Request:
         """The request in pathlb's terms. `authority` is that of the URL; `raw_headers` include Host."""
-        bases = self._balancer.bases
         host: bytes | None
         if raw_headers and raw_headers[0][0] == b"Host":
             host, headers = raw_headers[0][1], raw_headers[1:]
         else:
             host = next((value for name, value in raw_headers if name.lower() == b"host"), authority)
             headers = [pair for pair in raw_headers if pair[0].lower() != b"host"]
-        if authority in bases:
-            target = self._below_base(authority, target, bases[authority])
+        if "target" in extensions:
+            target = _target(extensions["target"])
+        bases = self._balancer.bases.get((scheme, authority))
+        if bases is not None:
+            target = _below_base(authority, target, bases)
         elif self._origin is not None and (scheme, authority) != self._origin:
             raise UsageError(
                 f"{scheme}://{authority.decode('ascii')} is neither the client's base_url nor one of its endpoints; "
@@ -64,9 +69,9 @@ class Translator:
             )
         if self._host is not None:
             host = self._host
-        elif host == authority and (authority in bases or authority == PLACEHOLDER.encode()):
+        elif host == authority and (bases is not None or authority == _PLACEHOLDER):
             host = None  # not a name the caller chose: the endpoint's own
-        rest = {name: value for name, value in extensions.items() if name not in ("timeout", "pathlb")}
+        rest = {name: value for name, value in extensions.items() if name not in _TAKEN_OVER}
         timeout = extensions.get("timeout")
         request = Request(
             method,
@@ -82,50 +87,80 @@ class Translator:
             _apply_options(request, options)
         return request
 
-    def reply_headers(self, reply: Reply) -> Headers:
-        """The reply's headers; a redirect to an endpoint's own address is made relative, so that following it comes
-        back into the balance, to the origin the caller knows and with the credentials meant for it.
+    def redirect_headers(self, reply: Reply, scheme: str, authority: bytes) -> Headers:
+        """The headers of a redirect; `scheme` and `authority` are those of the URL of the request.
+
+        One to an endpoint's own address is made relative, so that following it comes back into the balance, to the
+        origin the caller knows and with the credentials meant for it.
         """
-        if reply.status not in _REDIRECTS:
-            return reply.headers
+        # A caller that named an endpoint's own URL names its base path too.
+        own = self._balancer.bases.get((scheme, authority), (b"",))[0]
         return [
-            (name, self._relative(value)) if name.lower() == b"location" else (name, value)
+            (name, self._relative(value, own) if name.lower() == b"location" else value)
             for name, value in reply.headers
         ]
 
-    def _relative(self, location: bytes) -> bytes:
-        bases = self._balancer.bases
+    def _relative(self, location: bytes, own: bytes) -> bytes:
+        known = self._balancer.bases
         try:
             parts = urlsplit(location.decode("ascii"))
+            origin = _origin(parts)
         except ValueError:
             return location
         if parts.netloc:
-            authority = parts.netloc.encode("ascii")
-            if parts.scheme not in ("http", "https", "") or authority not in bases:
-                return location
-            base = bases[authority]
-        else:
-            base = next((base for base in bases.values() if base and _is_below(parts.path.encode(), base)), b"")
-            if not base:
-                return location
-        path = parts.path or "/"
-        if not _is_below(path.encode("ascii"), base):
+            bases = known.get(origin, ()) if parts.scheme else _all_bases(known, origin[1])
+        elif parts.scheme:
             return location
-        path = path[len(base) :] or "/"
-        # Two leading slashes would make the path a host.
-        return parts._replace(scheme="", netloc="", path="/" + path.lstrip("/")).geturl().encode("ascii")
+        else:
+            bases = tuple(base for several in known.values() for base in several if base)
+        path = (parts.path or "/").encode("ascii")
+        for base in bases:
+            if _is_below(path, base):
+                # Two leading slashes would make the path a host.
+                path = own + b"/" + path[len(base) :].lstrip(b"/")
+                return parts._replace(scheme="", netloc="", path=path.decode("ascii")).geturl().encode("ascii")
+        return location
 
-    @staticmethod
-    def _below_base(authority: bytes, target: bytes, base: bytes) -> bytes:
-        if not base:
-            return target
-        if not _is_below(target.partition(b"?")[0], base):
-            raise UsageError(
-                f"{target.decode('ascii')} on {authority.decode('ascii')} is outside the endpoints' base path "
-                f"{base.decode('ascii')}, and nothing was sent"
-            )
-        rest = target[len(base) :]
-        return rest if rest.startswith(b"/") else b"/" + rest
+
+def _is_host(value: Any) -> bool:
+    if not isinstance(value, str) or not value or not value.isascii():
+        return False
+    return not any(ch <= " " or ch in "/@?#\x7f" for ch in value)
+
+
+def _target(value: Any) -> bytes:
+    """httpcore's own extension: a request target as it is to go out, dot segments and all."""
+    if not isinstance(value, bytes) or not value:
+        raise ConfigError('extensions["target"]', f"must be the bytes of a request target, not {value!r}")
+    return value
+
+
+def _below_base(authority: bytes, target: bytes, bases: tuple[bytes, ...]) -> bytes:
+    """The target as seen from below the base path it is in; the most specific one comes first in `bases`."""
+    path = target.partition(b"?")[0]
+    for base in bases:
+        if _is_below(path, base):
+            rest = target[len(base) :]
+            return rest if rest.startswith(b"/") else b"/" + rest
+    shown = " or ".join(base.decode("ascii") for base in bases)
+    raise UsageError(
+        f"{path.decode('ascii')} on {authority.decode('ascii')} is outside the base path of the endpoint there, "
+        f"{shown}, and nothing was sent"
+    )
+
+
+def _origin(parts: SplitResult) -> tuple[str, bytes]:
+    """Scheme and authority of a Location, as an endpoint's are written. Raises ValueError for a bad port."""
+    host, port = (parts.hostname or ""), parts.port
+    shown = f"[{host}]" if ":" in host else host
+    if port is not None and port != _DEFAULT_PORTS.get(parts.scheme):
+        shown = f"{shown}:{port}"
+    return parts.scheme, shown.encode("ascii")
+
+
+def _all_bases(known: Mapping[tuple[str, bytes], tuple[bytes, ...]], authority: bytes) -> tuple[bytes, ...]:
+    """The base paths at an authority given without a scheme."""
+    return tuple(base for (_, name), bases in known.items() if name == authority for base in bases)
 
 
 def _is_below(path: bytes, base: bytes) -> bool:
@@ -152,13 +187,18 @@ def _apply_options(request: Request, options: Any) -> None:
                 raise ConfigError(where, f"must be a bool, not {value!r}")
             request.idempotent = value
         elif name == "pin":
-            request.pin = _endpoint_url(value)
+            request.pin = _endpoint_url(where, value)
         elif name == "avoid":
             values = [value] if isinstance(value, str | Endpoint) else value
-            request.avoid = frozenset(_endpoint_url(one) for one in values)
+            if not isinstance(values, Collection):
+                raise ConfigError(where, f"must be endpoint URLs, not {value!r}")
+            request.avoid = frozenset(_endpoint_url(where, one) for one in values)
         else:
             raise ConfigError(where, f"is unknown; the keys are {', '.join(_OPTIONS)}")
 
 
-def _endpoint_url(value: Any) -> str:
-    return value.url if isinstance(value, Endpoint) else Endpoint(value).url
+def _endpoint_url(where: str, value: Any) -> str:
+    try:
+        return value.url if isinstance(value, Endpoint) else Endpoint(value).url
+    except ConfigError as exc:
+        raise ConfigError(where, exc.problem) from None

@@ -164,15 +164,16 @@ class Cluster:
     def succeeded(self, now: float, running: float, state: EndpointState, seconds: float) -> None:
         """A reply head arrived after `seconds`. `running` is `now` less the stalls of this process."""
         state.latency.record(now, seconds)
-        state.recent.last_head = running
+        state.recent.answered(running, running - seconds)
         state.recent.add(Sample(running, False, seconds))
         state.overload_streak = 0
         state.counts.ok += 1
 
-    def failed(self, now: float, running: float, state: EndpointState, outcome: Outcome) -> None:
+    def failed(self, now: float, running: float, lease: Lease, outcome: Outcome) -> None:
         """An outcome that was no success, for every signal but the breakers."""
+        state = lease.endpoint
         if outcome.status is not None:
-            state.recent.last_head = running
+            state.recent.answered(running, lease.began)
         if outcome.cause is Cause.OVERLOAD:
             state.counts.overloaded += 1
             self._throttle(now, state, outcome.retry_after)
@@ -307,7 +308,7 @@ class Cluster:
         seconds = min(config.eject_max, config.eject_for * ejection.recent) * (1 + config.jitter * self._rng.random())
         ejection.until = now + seconds
         ejection.forget_at = math.inf
-        ejection.slow_since = None
+        ejection.slow_since = ejection.stalled_since = None
         state.last_failed = now
         state.counts.ejections += 1
         self.condemned.append((state, None))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from inspect import iscoroutinefunction
 from typing import Any, Protocol
 
 from .errors import ConfigError
@@ -80,12 +81,14 @@ class Outlier:
 
     Three comparisons, each against the other endpoints (leave-one-out), each able to fire with two endpoints:
 
-    - failures: its share of failures over the last `window` seconds exceeds the peers' by `failure_margin` and by
-      `failure_sigma` standard errors (two-proportion test, one success and one failure added to each side);
-    - latency: its median is over `latency_factor` times the median of the peers and over it by `latency_floor`
-      seconds, for `confirm` seconds; it counts as recovered below `latency_clear` times;
-    - stall: `stalled_attempts` attempts have waited longer than `overdue_factor` times the usual latency, and at
-      least `overdue_floor` seconds, and nothing came back in that time; a single one counts after four times that.
+    - failures: its share of failures over the last `window` seconds exceeds the peers' by `failure_margin`, and luck
+      explains that only with the probability of `failure_sigma` standard deviations (Fisher's exact test);
+    - latency: its typical (geometric mean) latency is over `latency_factor` times that of the median peer, by more than
+      `latency_sigma` standard errors, and over it by `latency_floor` seconds, for `confirm` seconds; it counts as
+      recovered below `latency_clear` times;
+    - stall: `stalled_attempts` attempts have waited longer than `overdue_factor` times what 19 of 20 replies take, and
+      at least `overdue_floor` seconds, and nothing came back in that time, though peers answered what began
+      later; one fewer counts after twice that time, a single one after four times.
 
     An ejection lasts `eject_for` seconds times the number of recent ejections, at most `eject_max`, with up to
     `jitter` added. At most `max_ejected` of the endpoints are out at once, rounded down, but always one of two or more.
@@ -94,12 +97,13 @@ class Outlier:
     window: float = 10.0
     min_requests: int = 8
     failure_margin: float = 0.2
-    failure_sigma: float = 3.0
+    failure_sigma: float = 4.5
     latency_factor: float = 3.0
+    latency_sigma: float = 3.0
     latency_clear: float = 1.5
     latency_floor: float = 0.05
     confirm: float = 0.3
-    overdue_factor: float = 5.0
+    overdue_factor: float = 3.0
     overdue_floor: float = 0.5
     stalled_attempts: int = 3
     eject_for: float = 10.0
@@ -115,6 +119,7 @@ class Outlier:
             failure_margin=(0, 1),
             failure_sigma=(0, _ANY),
             latency_factor=(1, _ANY),
+            latency_sigma=(0, _ANY),
             latency_clear=(1, _ANY),
             latency_floor=(0, _ANY),
             confirm=(0, _ANY),
@@ -249,14 +254,17 @@ class Retry:
         )
         if not isinstance(self.statuses, Iterable):
             raise ConfigError("Retry.statuses", f"must be a set of status codes, not {self.statuses!r}")
-        object.__setattr__(self, "statuses", frozenset(self.statuses))
-        for status in self.statuses:
+        statuses = list(self.statuses)
+        for status in statuses:
             check_number("Retry", "statuses", status, 400, 599, whole=True)
+        object.__setattr__(self, "statuses", frozenset(statuses))
         if self.wait_max < self.wait_base:
             raise ConfigError("Retry.wait_max", f"must be at least wait_base ({self.wait_base:g} s)")
         for name in ("stop", "wait", "retry"):
             strategy = getattr(self, name)
             if strategy is not None and not callable(strategy):
                 raise ConfigError(f"Retry.{name}", f"must be a tenacity strategy object, not {strategy!r}")
+            if iscoroutinefunction(strategy) or iscoroutinefunction(getattr(strategy, "__call__", None)):  # noqa: B004
+                raise ConfigError(f"Retry.{name}", "must not be async: decisions are made between two awaits")
         if self.stop is not None and self.attempts is not None:
             raise ConfigError("Retry.stop", "contradicts attempts=; give one of the two")

@@ -51,6 +51,8 @@ class Ejection:
     forget_at: float = math.inf
     slow_since: float | None = None
     """Since when its latency stands out, for the hysteresis."""
+    stalled_since: float | None = None
+    """Since when it has been silent while its peers answered."""
 
 
 class EndpointState:

@@ -139,7 +139,7 @@ class Engine:
         if SIGNALS[outcome.cause].latency:
             self._cluster.succeeded(now, running, state, running - lease.began)
         else:
-            self._cluster.failed(now, running, state, outcome)
+            self._cluster.failed(now, running, lease, outcome)
         self._cluster.inform_breakers(now, lease, outcome)
         if self._outbox.listeners:
             self._outbox.add(events.Observed(now, state.url, outcome, now - lease.started))
@@ -149,7 +149,7 @@ class Engine:
         """The body of a reply broke off after its head was observed: the endpoint's failure all the same."""
         if lease.state is not _OBSERVED:
             raise IllegalEvent(f"lease: body failed while {lease.state.value}")
-        self._cluster.failed(now, now - self._stall.read(now), lease.endpoint, outcome)
+        self._cluster.failed(now, now - self._stall.read(now), lease, outcome)
         self._cluster.inform_breakers(now, lease, outcome)
         self._settle(now)
 

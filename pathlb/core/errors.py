@@ -14,6 +14,9 @@ class ConfigError(ValueError):
         self.field = field
         self.problem = problem
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, str]]:
+        return type(self), (self.field, self.problem)
+
 
 class IllegalEvent(RuntimeError):
     """An event that has no transition from the present state: a bug in the caller, never a fault of the network."""

@@ -42,15 +42,22 @@ class Sample(NamedTuple):
 class RecentOutcomes:
     """The last outcomes of an endpoint, at most `size` of them."""
 
-    __slots__ = ("_samples", "last_head")
+    __slots__ = ("_samples", "last_answered", "last_head")
 
     def __init__(self, size: int = 64) -> None:
         self._samples: deque[Sample] = deque(maxlen=size)
         self.last_head = -math.inf
         """When a reply head last arrived, in running time."""
+        self.last_answered = -math.inf
+        """When the latest of the attempts with a reply head began, in running time."""
 
     def add(self, sample: Sample) -> None:
         self._samples.append(sample)
+
+    def answered(self, now: float, began: float) -> None:
+        """A reply head arrived."""
+        self.last_head = now
+        self.last_answered = max(self.last_answered, began)
 
     def clear(self) -> None:
         """Forget them, so that an endpoint coming back is judged on what it does from now on."""

@@ -4,6 +4,9 @@ Every comparison leaves the judged endpoint out of what it is compared with. The
 deviations from the mean of all) cannot fire with few endpoints: with n of them, k bad, no z-score exceeds
 sqrt((n - k) / k).
 
+Asking ten times a second is asking 36,000 times an hour, so luck has to be ruled out each time: `failure_sigma` and
+`latency_sigma` say how surely.
+
 All times here are running time: the clock less the pauses of this process, which are nobody's latency.
 """
 
@@ -13,11 +16,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from statistics import median, median_low
 from typing import NamedTuple
 
 from .config import Outlier
 from .endpoints import EndpointState
+from .lease import Lease
 
 
 class Verdict(NamedTuple):
@@ -35,108 +38,185 @@ class Evidence:
     endpoint: EndpointState
     total: int
     failed: int
-    latencies: list[float]
-    """Seconds to the reply head, recent ones."""
-    waits: list[float]
-    """Seconds that the attempts without a reply head have waited so far, longest first."""
+    replies: list[tuple[float, float]]
+    """(when, logarithm of the seconds to the reply head), oldest first."""
+    waiting: list[Lease]
+    """Attempts without a reply head, oldest first."""
     silence: float
     """Seconds without any reply head while at least one attempt waited."""
+    overtaken: float = -math.inf
+    """Peers have answered attempts that began up to here. What is younger may be waiting for what all wait for."""
+
+    def waits(self, now: float) -> list[float]:
+        """Seconds that its overtaken attempts have waited so far, longest first."""
+        return [now - lease.began for lease in self.waiting if lease.began < self.overtaken]
+
+    def first_waits(self, now: float) -> list[float]:
+        """Those of requests that failed nowhere before: what hangs a second time may be due to the request."""
+        return [now - lease.began for lease in self.waiting if lease.began < self.overtaken and not lease.want.tried]
 
 
-_LATENCY_SPAN = 1.0  # seconds of replies a median is taken over, where there are enough
-_LATENCY_SAMPLES = 8  # what is enough; below it the last so many, however old the window allows
+class Summary(NamedTuple):
+    """Latencies of one endpoint over one span, as logarithms: ratios are what is compared."""
+
+    size: int
+    mean: float
+    deviation: float
+    """Sum of the squared distances from the mean."""
+
+
+_SPANS = (0.5, 1.0, 2.0, 4.0)  # seconds over which latencies are compared; the shortest sees a change first
+_ENOUGH = 5  # latencies it takes to compare
 _WAITS_READ = 64  # attempts looked at an endpoint: enough for any verdict, and bounds the cost of a pile-up
 _USUAL_SAMPLES = 10  # replies it takes to speak of a usual latency
+_BULK = 0.95  # share of the replies that tells how long one may well take
+_LEAST_SECONDS = 1e-4  # shorter times count as this
+_LEAST_SPREAD = 0.25  # of log latency, a quarter up or down: nobody is as regular as a few samples may look
 
 
 def gather(state: EndpointState, now: float, config: Outlier) -> Evidence:
     """Collect the evidence of one endpoint."""
     samples = state.recent.since(now - config.window)
-    timed = [(sample.at, sample.seconds) for sample in samples if sample.seconds is not None]
-    recent = [seconds for at, seconds in timed if at >= now - _LATENCY_SPAN]
-    if len(recent) < _LATENCY_SAMPLES:
-        recent = [seconds for _, seconds in timed[-_LATENCY_SAMPLES:]]
-    waits = [now - lease.began for lease in islice(state.waiting, _WAITS_READ)]
+    waiting = list(islice(state.waiting, _WAITS_READ))
     return Evidence(
         state,
         total=len(samples),
         failed=sum(sample.failed for sample in samples),
-        latencies=recent,
-        waits=waits,
-        silence=min(waits[0], now - state.recent.last_head) if waits else 0.0,
+        replies=[(sample.at, _log(sample.seconds)) for sample in samples if sample.seconds is not None],
+        waiting=waiting,
+        silence=min(now - waiting[0].began, now - state.recent.last_head) if waiting else 0.0,
     )
 
 
 def judge(states: Iterable[EndpointState], now: float, config: Outlier) -> list[Verdict]:
-    """The endpoints that stand out now. `states` are those not already out."""
+    """The endpoints that stand out now. `states` are those not already out. The cost is linear in their number."""
     evidence = [gather(state, now, config) for state in states]
     if len(evidence) < 2:
         return []
-    usual = _usual_latency(evidence)
-    verdicts: list[Verdict] = []
+    latest = sorted(one.endpoint.recent.last_answered for one in evidence)
     for one in evidence:
-        peers = [other for other in evidence if other is not one]
-        verdict = _stalls(one, peers, usual, config) or _fails(one, peers, config) or _lags(one, peers, now, config)
-        if verdict is not None:
-            verdicts.append(verdict)
+        one.overtaken = latest[-1] if one.endpoint.recent.last_answered < latest[-1] else latest[-2]
+    known = [log_seconds for one in evidence for _, log_seconds in one.replies]
+    usual = bulk = math.inf
+    if len(known) >= _USUAL_SAMPLES:
+        known.sort()
+        usual, bulk = (math.exp(known[int(share * len(known))]) for share in (0.5, _BULK))
+    stalls = _stalls(evidence, bulk, now, config)
+    lags = _lags(evidence, usual, now, config)
+    total, failed = sum(one.total for one in evidence), sum(one.failed for one in evidence)
+    verdicts: list[Verdict] = []
+    for one, stall, lag in zip(evidence, stalls, lags, strict=True):
+        fails = _fails(one, failed - one.failed, total - one.total, config)
+        for signal, why in (("stall", stall), ("failures", fails), ("latency", lag)):
+            if why:
+                verdicts.append(Verdict(one.endpoint, signal, why))
+                break
     return verdicts
 
 
-def _usual_latency(evidence: list[Evidence]) -> float | None:
-    known = [seconds for one in evidence for seconds in one.latencies]
-    return median(known) if len(known) >= _USUAL_SAMPLES else None
-
-
-def _stalls(one: Evidence, peers: list[Evidence], usual: float | None, config: Outlier) -> Verdict | None:
-    """Nothing has come back for far longer than usual, while the peers answer."""
-    if usual is None:
-        return None
-    overdue_after = max(config.overdue_floor, config.overdue_factor * usual)
-    overdue = sum(wait > overdue_after for wait in one.waits)
-    patience = overdue_after if overdue >= config.stalled_attempts else 4 * overdue_after
-    if one.silence <= patience or all(peer.silence > overdue_after for peer in peers):
-        return None  # it answers, or nobody does
-    why = f"nothing for {one.silence:.2f} s with {overdue} attempts overdue, usual is {usual * 1000:.0f} ms"
-    return Verdict(one.endpoint, "stall", why)
-
-
-def _fails(one: Evidence, peers: list[Evidence], config: Outlier) -> Verdict | None:
-    """Its failure rate exceeds the peers': two-proportion z-test, one success and one failure added to either side
-    (Agresti and Caffo 2000), which keeps it honest for small counts and rates of 0 and 1.
+def _stalls(evidence: list[Evidence], bulk: float, now: float, config: Outlier) -> list[str]:
+    """Nothing has come back for far longer than nearly all replies take, though peers answered what began later, and
+    have for `confirm` seconds: after a pause of everybody somebody is the first to answer.
     """
-    total = sum(peer.total for peer in peers)
+    overdue_after = max(config.overdue_floor, config.overdue_factor * bulk)
+    found: list[str] = []
+    for one in evidence:
+        ejection, waits = one.endpoint.ejection, one.first_waits(now)
+
+        def stalled(ahead: float, one: Evidence = one, waits: list[float] = waits) -> int:
+            """How many attempts will be overdue in `ahead` seconds if the silence goes on; 0 if it is too short then."""
+            overdue = sum(wait + ahead > overdue_after for wait in waits)
+            # Each one missing to `stalled_attempts` doubles the patience.
+            patience = overdue_after * 2.0 ** min(2, max(0, config.stalled_attempts - overdue))
+            return overdue if one.silence + ahead > patience else 0
+
+        if not stalled(config.confirm):
+            ejection.stalled_since = None
+        elif ejection.stalled_since is None:
+            ejection.stalled_since = now
+        overdue = stalled(0.0) if _lasted(ejection.stalled_since, now, config) else 0
+        why = f"nothing for {one.silence:.2f} s with {overdue} attempts overdue, most take {bulk * 1000:.0f} ms"
+        found.append(why if overdue else "")
+    return found
+
+
+def _fails(one: Evidence, failed: int, total: int, config: Outlier) -> str:
+    """Its failure rate exceeds that of its peers, `failed` of `total`, by more than luck explains."""
     if one.total < config.min_requests or total < config.min_requests:
-        return None
-    failed = sum(peer.failed for peer in peers)
-    own_n, peers_n = one.total + 2, total + 2
-    own, others = (one.failed + 1) / own_n, (failed + 1) / peers_n
-    error = math.sqrt(own * (1 - own) / own_n + others * (1 - others) / peers_n)
-    if own - others < config.failure_margin or own - others < config.failure_sigma * error:
-        return None
-    return Verdict(one.endpoint, "failures", f"{one.failed} of {one.total} failed, of the peers' {failed} of {total}")
+        return ""
+    if one.failed / one.total - failed / total < config.failure_margin:
+        return ""
+    if luck(one.failed, one.total, failed, total) > math.erfc(config.failure_sigma / math.sqrt(2)) / 2:
+        return ""
+    return f"{one.failed} of {one.total} failed, of the peers' {failed} of {total}"
 
 
-def _lags(one: Evidence, peers: list[Evidence], now: float, config: Outlier) -> Verdict | None:
-    """Its median latency is several times the peers', and has been for a while.
-
-    Attempts still waiting longer than the peers take count with the time they have waited: it can only grow.
+def luck(own_failed: int, own_total: int, failed: int, total: int) -> float:
+    """How likely as many or more of all failures fall on this one with no difference between them: Fisher's exact test,
+    which holds for any counts and rates.
     """
-    ejection = one.endpoint.ejection
-    medians = [median(peer.latencies) for peer in peers if len(peer.latencies) >= _LATENCY_SAMPLES]
-    if not medians:
+    everything, bad = own_total + total, own_failed + failed
+    ways = sum(
+        math.comb(bad, k) * math.comb(everything - bad, own_total - k)
+        for k in range(own_failed, min(own_total, bad) + 1)
+    )
+    return ways / math.comb(everything, own_total)
+
+
+def _lags(evidence: list[Evidence], usual: float, now: float, config: Outlier) -> list[str]:
+    """Its latency is several times that of the median peer, more than luck explains, and has been for a while.
+
+    Attempts that have waited longer than usual, and were overtaken, count with that time: it can only grow.
+    """
+    found = [""] * len(evidence)
+    ratios = [0.0] * len(evidence)
+    for span in _SPANS:
+        summaries = [_summarise(one, now, span, usual) for one in evidence]
+        ranked = sorted((one.mean, index) for index, one in enumerate(summaries) if one.size >= _ENOUGH)
+        freedom = sum(summaries[index].size - 1 for _, index in ranked)
+        if len(ranked) < 2:
+            continue
+        common = sum(summaries[index].deviation for _, index in ranked) / freedom
+        for rank, (mean, index) in enumerate(ranked):
+            own = summaries[index]
+            middle = (len(ranked) - 2) // 2  # the lower median of the others
+            peer = summaries[ranked[middle if middle < rank else middle + 1][1]]
+            spread = math.sqrt(max(common, own.deviation / (own.size - 1), _LEAST_SPREAD**2))
+            error = spread * math.sqrt(1 / own.size + 1 / peer.size)
+            typical, peers = math.exp(mean), math.exp(peer.mean)
+            if typical <= peers + config.latency_floor:
+                continue
+            ratios[index] = max(ratios[index], typical / peers)
+            if mean - peer.mean - config.latency_sigma * error > math.log(config.latency_factor):
+                found[index] = f"typically {typical * 1000:.0f} ms, the peers {peers * 1000:.0f} ms"
+    return [
+        why if _confirmed(one.endpoint, ratio, now, config) else ""
+        for one, ratio, why in zip(evidence, ratios, found, strict=True)
+    ]
+
+
+def _summarise(one: Evidence, now: float, span: float, usual: float) -> Summary:
+    values = [log_seconds for at, log_seconds in one.replies if at >= now - span]
+    values += [_log(wait) for wait in one.waits(now) if wait > usual]
+    if not values:
+        return Summary(0, 0.0, 0.0)
+    mean = sum(values) / len(values)
+    return Summary(len(values), mean, sum((value - mean) ** 2 for value in values))
+
+
+def _confirmed(state: EndpointState, ratio: float, now: float, config: Outlier) -> bool:
+    """Whether it has looked slow for `confirm` seconds. Once it does, only a ratio below `latency_clear` ends that."""
+    ejection = state.ejection
+    if ratio < config.latency_clear:
         ejection.slow_since = None
-        return None
-    usual = median_low(medians)
-    seen = one.latencies + [wait for wait in one.waits if wait > usual]
-    if len(seen) < _LATENCY_SAMPLES:
-        return None
-    own = median(seen)
-    if own < config.latency_clear * usual:
-        ejection.slow_since = None
-    if own <= config.latency_factor * usual or own <= usual + config.latency_floor:
-        return None
-    if ejection.slow_since is None:
+    elif ejection.slow_since is None and ratio > config.latency_factor:
         ejection.slow_since = now
-    if now - ejection.slow_since < config.confirm:
-        return None
-    return Verdict(one.endpoint, "latency", f"median {own * 1000:.0f} ms, of the peers {usual * 1000:.0f} ms")
+    return _lasted(ejection.slow_since, now, config)
+
+
+def _lasted(since: float | None, now: float, config: Outlier) -> bool:
+    return since is not None and now - since >= config.confirm - 1e-9  # ticks add up with rounding errors
+
+
+def _log(seconds: float) -> float:
+    return math.log(max(seconds, _LEAST_SECONDS))

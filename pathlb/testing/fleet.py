@@ -70,7 +70,7 @@ class Fleet:
 
     A plain context manager: it works from synchronous code and from inside any event loop, since the gateways run on
     a loop in a thread of their own, or each in its own process with `processes=True` (to load more than one core;
-    starting takes about a second).
+    starting takes a second or two).
 
     - `n`: how many (default 5, or as many as `ports`). `ports`: where they listen (default: free ports).
     - `service_time`: how long a request takes (default a constant 10 ms).

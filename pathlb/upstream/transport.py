@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
+import os
+import re
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+import anyio
 import httpx
 
+from ..core.errors import ConfigError
 from ..core.model import Endpoint, Sent
 from ..errors import Fault, UpstreamError
 from ..exchange import Headers, OneShotBody, Reply, Request
@@ -18,6 +23,10 @@ _FAULTS = {fault.value: fault for fault in Fault}
 _OUT_OF_RESOURCES = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.EAGAIN}
 )
+
+
+# Parsers quote the bytes they choke on, which may be a credential ("Illegal header value b'Bearer ...'").
+_QUOTED = re.compile(r"""\b(bytearray\()?b['"].*""", re.DOTALL)
 
 
 class TransportUpstream:
@@ -64,6 +73,9 @@ class TransportUpstream:
             response = await self._transport.handle_async_request(outgoing)
         except stack.TransportError as exc:
             raise self._failure(exc, watch) from exc
+        except BaseException:
+            await self._close_lost()
+            raise
         return Reply(
             status=response.status_code,
             headers=response.headers.raw,
@@ -76,13 +88,32 @@ class TransportUpstream:
     async def aclose(self) -> None:
         await self._transport.aclose()
 
+    async def _close_lost(self, stream: Any = None) -> None:
+        """Close the connections that httpcore lost in a cancellation: neither idle nor closed, and no request's.
+
+        It happens between the connect and the first write, and, for a task cancelled natively (anyio's shields do not
+        hold that off), while the body `stream` is being closed. They would stay open for as long as the pool.
+        """
+        if not self._stock:
+            return
+        pool = self._transport._pool
+        request = getattr(getattr(stream, "_httpcore_stream", None), "_pool_request", None)
+        if request in pool._requests:
+            pool._requests.remove(request)
+        owned = {id(one.connection) for one in pool._requests}
+        lost = [one for one in pool.connections if id(one) not in owned and not one.is_idle() and not one.is_closed()]
+        pool._connections = [one for one in pool.connections if one not in lost]
+        with anyio.CancelScope(shield=True):
+            for connection in lost:
+                await connection.aclose()
+
     def _failure(self, exc: Exception, watch: _Watch | None) -> UpstreamError:
         fault = next((_FAULTS[cls.__name__] for cls in type(exc).__mro__ if cls.__name__ in _FAULTS), Fault.TRANSPORT)
         known = self._stock and watch is not None
         causes = list(_causes(exc))
         # The library says "All connection attempts failed"; the operating system says why.
-        reasons = [cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror]
-        detail = str(exc) or type(exc).__name__
+        reasons = [_reason(cause) for cause in causes if isinstance(cause, OSError) and cause.strerror]
+        detail = _QUOTED.sub("...", str(exc)) or type(exc).__name__
         return UpstreamError(
             fault,
             Sent.NOT_SENT if known and watch is not None and not watch.writing else Sent.MAYBE_SENT,
@@ -160,7 +191,28 @@ class _TransportBody:
             raise self._upstream._failure(exc, None) from exc
 
     async def aclose(self) -> None:
-        await self._stream.aclose()
+        try:
+            await self._stream.aclose()
+        except BaseException:
+            await self._upstream._close_lost(self._stream)
+            raise
+        overfull = _overfull(self._stream)
+        if overfull is not None:
+            with anyio.CancelScope(shield=True):
+                await overfull.aclose()
+
+
+def _overfull(stream: Any) -> Any:
+    """The connection of a closed body stream, if it brought more than the reply.
+
+    httpcore keeps those bytes and would take them for the next request's reply: somebody else's answer. (What arrives
+    later it notices by itself.) None for HTTP/2 and for foreign transports.
+    """
+    try:
+        connection = stream._httpcore_stream._stream._connection
+        return connection if connection._h11_state.trailing_data[0] and connection.is_idle() else None
+    except AttributeError:
+        return None
 
 
 def _stream_class(stack: ModuleType) -> type[Any]:
@@ -174,6 +226,15 @@ def _stream_class(stack: ModuleType) -> type[Any]:
             return aiter(self._body)
 
     return OneShotStream
+
+
+def _reason(error: OSError) -> str:
+    """In the system's words, which asyncio replaces by its own without the reason."""
+    said = error.strerror or ""
+    if error.errno is None or not isinstance(error, ConnectionError):
+        return said
+    reason = os.strerror(error.errno)
+    return said if reason in said else f"{said}: {reason}"
 
 
 def _causes(exc: BaseException) -> Iterator[BaseException]:
@@ -208,6 +269,15 @@ class TransportUpstreams:
         proxy: Any = None,
         stack: ModuleType = httpx,
     ) -> None:
+        if not http1 and not http2:
+            raise ConfigError("http1", "must be true when http2 is not")
+        if http2 and importlib.util.find_spec("h2") is None:
+            raise ConfigError("http2", "needs the h2 package: pip install 'pathlb[http2]'")
+        if proxy is not None and not isinstance(proxy, stack.Proxy):
+            try:
+                proxy = stack.Proxy(proxy)
+            except (TypeError, ValueError, stack.InvalidURL) as exc:  # none of them shows a password
+                raise ConfigError("proxy", f"cannot be used: {exc}") from None
         self._verify = verify
         self._cert = cert
         self._http1 = http1
@@ -219,6 +289,8 @@ class TransportUpstreams:
 
     def __call__(self, endpoint: Endpoint) -> TransportUpstream:
         stack = self._stack
+        if self._proxy is not None and endpoint.uds is not None:
+            raise ConfigError("proxy", f"cannot be used to reach a unix socket ({endpoint.url})")
         transport = stack.AsyncHTTPTransport(
             verify=self._ssl_context(endpoint),
             http1=self._http1,
@@ -233,8 +305,10 @@ class TransportUpstreams:
         if endpoint.scheme == "http" and self._proxy is None:
             return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # never used; loading the CA bundle takes 20 ms
         if self._context is None:
-            self._context = self._stack.create_ssl_context(
-                verify=self._verify, cert=self._cert, trust_env=self._trust_env
-            )
+            try:
+                context = self._stack.create_ssl_context(self._verify, self._cert, self._trust_env)
+            except (OSError, TypeError, ValueError) as exc:  # ssl.SSLError is an OSError
+                raise ConfigError("verify or cert", f"cannot be loaded: {exc}") from exc
+            self._context = context
         assert self._context is not None
         return self._context

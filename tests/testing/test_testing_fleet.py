@@ -332,7 +332,7 @@ def test_what_a_mode_ends_frees_its_worker(mode: Mode) -> None:
         assert fleet[0].stats().in_flight == 0
 
 
-def test_a_hung_request_stays_unanswered_when_its_time_comes(caplog: pytest.LogCaptureFixture) -> None:
+def test_no_timer_of_a_hung_request_goes_off_later(caplog: pytest.LogCaptureFixture) -> None:
     with Fleet(1, service_time=ServiceTime.constant(0.001)) as fleet:
         fleet[0].set_mode(Mode.SLOW, factor=100)
         with connect(fleet[0]) as hung, connect(fleet[0]) as later:
@@ -344,7 +344,6 @@ def test_a_hung_request_stays_unanswered_when_its_time_comes(caplog: pytest.LogC
             fleet[0].set_mode(Mode.SLOW, factor=200)
             ask(later)
             assert read_reply(later).status == 200
-            assert read_all(hung) == b""
         # asyncio logs what a stray timer raises.
         assert caplog.records == []
 

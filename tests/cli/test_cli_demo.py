@@ -1,0 +1,123 @@
+"""`pathlb demo` on real sockets: nothing lost, everything reported, nothing left running."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pathlb.cli import demo
+from pathlb.cli.demo import Phase
+from pathlb.testing import Fleet
+
+ROOT = Path(__file__).parents[2]
+PHASES = ["steady", r":\d+ killed", r":\d+ restored", r":\d+ 10x slower", r":\d+ recovered"]
+
+
+class Program:
+    """`pathlb demo` as a user starts it; the mark is inherited by every process it starts."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._mark = f"PATHLB_TEST_MARK={uuid.uuid4()}"
+        name, _, value = self._mark.partition("=")
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "pathlb", "demo", *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT), name: value},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def read_until(self, part: str) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if part in line:
+                return line
+        raise AssertionError(f"it ended without {part!r}: {self.process.communicate()}")
+
+    def still_running(self) -> list[str]:
+        """Command lines of the processes of this demo."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if self._mark.encode() in (folder / "environ").read_bytes():
+                    found.append((folder / "cmdline").read_text())
+        return found
+
+
+@contextlib.contextmanager
+def program(*arguments: str) -> Iterator[Program]:
+    running = Program(*arguments)
+    with running.process:
+        try:
+            yield running
+        finally:
+            running.process.kill()  # does nothing once it has ended
+
+
+def test_a_short_demo_loses_nothing_and_leaves_nothing() -> None:
+    with program("--seconds-per-phase", "1", "--rate", "100") as running:
+        output, errors = running.process.communicate(timeout=50)
+        left = running.still_running()
+    assert errors == ""
+    assert running.process.returncode == 0, output
+    report = output[output.rindex("requests in") :]
+    assert ": 0 lost, " in report
+    for phase in PHASES:
+        assert len(re.findall(f"^{phase} .*", report, re.MULTILINE)) == 2, phase  # the figures, and the shares
+    assert left == []
+
+
+def test_ctrl_c_ends_it_with_the_report_so_far() -> None:
+    with program("--seconds-per-phase", "50", "--rate", "50") as running:
+        running.read_until("] steady: ")
+        running.process.send_signal(signal.SIGINT)
+        output, errors = running.process.communicate(timeout=20)
+        left = running.still_running()
+    assert errors == ""
+    assert running.process.returncode == 0
+    assert output.count("\nsteady ") == 2
+    assert "interrupted: waiting for the last answers" in output
+    assert "killed" not in output
+    assert left == []
+
+
+def options(**changed: object) -> argparse.Namespace:
+    return argparse.Namespace(**{"rate": 50.0, "seconds_per_phase": 0.3, "gateways": 2, "plain": True, **changed})
+
+
+def test_a_lost_request_is_status_1_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    def all_dead(fleet: Fleet) -> list[Phase]:
+        def kill() -> None:
+            for gateway in fleet:
+                gateway.kill()
+
+        return [Phase("all dead", kill)]
+
+    assert demo.run(options(), script=all_dead) == 1
+    output = capsys.readouterr().out
+    assert re.search(r"15 requests in .* s: 15 lost, 1[45] retried", output)
+    assert "lost because:" in output
+    assert "Connect call failed" in output
+
+
+def test_a_taken_port_is_replaced_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    # Where another program has it already, so much the better.
+    with socket.socket() as taken, contextlib.suppress(OSError):
+        taken.bind(("127.0.0.1", demo.FIRST_PORT))
+        taken.listen()
+        assert demo.run(options(), script=lambda fleet: [Phase("steady")]) == 0
+    output = capsys.readouterr().out
+    assert re.search(rf"port {demo.FIRST_PORT} is taken: gateway-0 is on \d+\n", output)
+    assert "15 requests in" in output
+    assert ": 0 lost, 0 retried" in output
