@@ -55,6 +55,8 @@ class Sent:
     at: float
     method: str
     id: str
+    lag: float = 0.0
+    """Seconds this process was late to begin: the machine's fault, and part of `seconds` all the same."""
     seconds: float = 0.0
     attempts: int = 1
     error: str = ""
@@ -124,6 +126,10 @@ class Result:
         cuts = quantiles(known, n=100, method="inclusive")
         return f"{cuts[49]:.0f}/{cuts[98]:.0f}"
 
+    def lag(self) -> float:
+        """p99 of the lateness of this process, in ms."""
+        return quantiles([one.lag * 1000 for one in self.sent], n=100, method="inclusive")[98]
+
     def missed(self) -> list[str]:
         """The targets this run of pathlb missed."""
         watch = self.watch
@@ -156,6 +162,7 @@ async def load(send: Send, fault: Callable[[], None], seconds: float, seed: int)
         await asyncio.to_thread(fault)
 
     async def request(one: Sent) -> None:
+        one.lag = time.monotonic() - one.at
         try:
             response = await send(one.method, one.id)
         except httpx.HTTPError as exc:
@@ -246,6 +253,7 @@ HEADERS = (
     ("probes", 6),
     ("given up", 8),
     ("CPU", 5),
+    ("lag", 5),
     ("taken out", 0),
 )
 
@@ -258,7 +266,7 @@ def print_line(cells: Sequence[str]) -> None:
 
 def print_result(result: Result) -> None:
     watch, at = result.watch, result.fault_at
-    seen = ["-"] * 6 + [f"{result.cpu:.0%}", ""]
+    seen = ["-"] * 6 + [f"{result.cpu:.0%}", f"{result.lag():.0f}", ""]
     if watch is not None:
         first = next(((moment - at, how) for moment, how in watch.out if moment >= at), None)
         others = f"; {watch.others_out} times another one" if watch.others_out else ""
@@ -270,6 +278,7 @@ def print_result(result: Result) -> None:
             str(watch.probes(at)),
             str(watch.given_up),
             f"{result.cpu:.0%}",
+            f"{result.lag():.0f}",
             (f"{first[0]:.2f} s, {first[1]}" if first is not None else "never") + others,
         ]
     print_line(
@@ -302,7 +311,8 @@ def main() -> int:
         f"{GATEWAYS} gateways of {WORKERS} workers, {SERVICE * 1000:.0f} ms a request. {RATE:.0f} requests/s for "
         f"{options.seconds:g} s, {POSTS:.0%} of them POSTs; the fault comes at second {FAULT_AT:g}.\n"
         "ms: p50/p99 of the requests that arrived before the fault, and in the seconds after it. picks: the bad\n"
-        "gateway's share in the seconds after the fault, probes aside. CPU: this process, of one core.\n"
+        "gateway's share in the seconds after the fault, probes aside. CPU: this process, of one core. lag: p99 in\n"
+        "ms of what this process was late to begin a request: where it is large, the latencies are the machine's.\n"
     )
     print_line([name for name, _ in HEADERS])
     missed: list[str] = []

@@ -13,46 +13,39 @@ from typing import Any
 
 import anyio
 
-from .admission import CANCELLED, Admission
+from .admission import Admission
+from .attempt import Attempter
 from .classify.http import HTTPClassifier
-from .config import DEADLINE, Health, Idempotent, check_kind
+from .config import DEADLINE, Health, Idempotent, check_options
 from .core.cluster import Settings
-from .core.config import Breaker, Limits, Outlier, Panic, Retry, SlowStart, check_number
-from .core.endpoints import EndpointState, check_endpoints
+from .core.config import Breaker, Limits, Outlier, Panic, Retry, SlowStart
+from .core.endpoints import check_endpoints
 from .core.engine import TICK, Engine
-from .core.errors import ConfigError
 from .core.events import Event, Listener
 from .core.lease import Lease, Want
-from .core.model import Cause, Clock, Endpoint, Outcome, Rng, Sent
+from .core.model import Clock, Endpoint, Rng, Sent
 from .core.policy import LeastConnections, Policy
 from .core.retry import Again
 from .core.snapshot import Snapshot
 from .errors import (
-    DeadlineExceeded,
-    Fault,
     PathlbError,
     UpstreamError,
     UsageError,
 )
-from .exchange import Attempt, Headers, Reply, Request
+from .exchange import Attempt, Reply, Request
 from .health import Prober
 from .leased_body import LeasedBody
 from .runner import Runner, current_home, make_runner
 from .strategies import BoundStrategy
-from .telemetry.hook import less_replaced
 from .telemetry.metrics import Metrics, metrics_configured
 from .telemetry.tracing import Tracing
-from .upstream.base import Upstream, UpstreamFactory
+from .upstream.base import UpstreamFactory
+from .upstream.directory import UpstreamDirectory
 from .upstream.transport import TransportUpstreams
 
 logger = logging.getLogger("pathlb")
 
 _IDEMPOTENT_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE", "QUERY"})
-_NO_HEADERS: Headers = []
-_STALL = 0.1  # seconds this process must have stalled during an attempt for its timeout to be its own fault
-
-_GIVEN_UP = Outcome(Cause.GIVEN_UP, retry=True, detail="given up: its endpoint was taken out while it waited")
-_DEADLINE = Outcome(Cause.BEYOND, detail="no reply before the deadline")
 
 
 class Balancer:
@@ -95,23 +88,9 @@ class Balancer:
         rng: Rng | None = None,
     ) -> None:
         checked = check_endpoints(endpoints)
-        check_number("", "deadline", deadline, 1e-6, 1e9)
-        check_kind("breaker", breaker, Breaker)
-        check_kind("panic", panic, Panic)
-        check_kind("slow_start", slow_start, SlowStart)
-        check_kind("retry", retry, Retry)
-        check_kind("limits", limits, Limits, " (httpx's own pool limits have no effect: pathlb's pools never queue)")
-        if outlier is not None:
-            check_kind("outlier", outlier, Outlier)
-        if health is not None:
-            check_kind("health", health, Health)
-        picks = callable(getattr(policy, "pick", None)) and hasattr(policy, "name") and not isinstance(policy, type)
-        if policy is not None and not picks:
-            raise ConfigError("policy", f"must be an object with a name and a pick method, not {policy!r}")
-        if upstream is not None and not callable(upstream):
-            raise ConfigError("upstream", f"must be a function from an Endpoint to an Upstream, not {upstream!r}")
-        if idempotent is not None and not isinstance(idempotent, bool) and not callable(idempotent):
-            raise ConfigError("idempotent", f"must be a bool or a function of the request, not {idempotent!r}")
+        check_options(
+            policy, breaker, outlier, panic, slow_start, retry, limits, deadline, health, idempotent, upstream
+        )
         self._clock = clock
         self._rng: Rng = rng if rng is not None else random.Random()
         settings = Settings(
@@ -126,15 +105,20 @@ class Balancer:
             fall=health.fall if health else 1,
         )
         self._engine = Engine(settings, policy if policy is not None else LeastConnections(), self._rng)
-        self._classifier = HTTPClassifier(frozenset(retry.statuses))
         self._retry = retry
         self._strategic = bool(retry.retry or retry.stop or retry.wait)
         self._deadline = deadline
         self._admission = Admission(self._engine, clock, limits.queue_timeout, self.release)
         self._idempotent = idempotent
-        self._tracing = Tracing() if telemetry else None
-        self._factory: UpstreamFactory = upstream if upstream is not None else TransportUpstreams()
-        self._upstreams: dict[str, Upstream] = {}
+        self._upstreams = UpstreamDirectory(upstream if upstream is not None else TransportUpstreams())
+        self._attempter = Attempter(
+            self._engine,
+            self._upstreams,
+            HTTPClassifier(frozenset(retry.statuses)),
+            Tracing() if telemetry else None,
+            clock,
+            self.release,
+        )
         self._prober = Prober(health, self._clock, self._rng) if health else None
         self._runner: Runner | None = None
         self._pid = 0
@@ -142,8 +126,6 @@ class Balancer:
         self._closed = False
         # Bodies dropped without being closed; the garbage collector may find them on any thread.
         self._dropped: deque[LeasedBody] = deque()
-        self.bases: dict[tuple[str, bytes], tuple[bytes, ...]] = {}
-        """Scheme and authority of the endpoints, each with the base paths there, longest first; for the adapters."""
         self.scheme = "https" if all(endpoint.scheme == "https" for endpoint in checked) else "http"
         """Scheme of the logical origin: that of the endpoints where they agree, so that secure cookies work."""
         self._apply(checked)
@@ -191,7 +173,7 @@ class Balancer:
             if metrics_configured():
                 self.subscribe(Metrics())
             if self._prober is not None:
-                self._prober.start(runner, self._engine, self._upstream_of)
+                self._prober.start(runner, self._engine, self._upstreams)
             return runner
         if self._pid != os.getpid():
             raise UsageError("this Balancer was used before a fork; make one in each worker process, after the fork")
@@ -203,6 +185,11 @@ class Balancer:
         return runner
 
     # --- operation
+
+    @property
+    def bases(self) -> dict[tuple[str, bytes], tuple[bytes, ...]]:
+        """Scheme and authority of the endpoints, each with the base paths there, longest first; for the adapters."""
+        return self._upstreams.bases
 
     def update(self, endpoints: Iterable[Endpoint | str]) -> None:
         """Make these the endpoints, from now on.
@@ -225,12 +212,13 @@ class Balancer:
 
     def snapshot(self) -> Snapshot:
         """Everything known now, frozen; `.to_dict()` is ready for `json.dumps`."""
-        return self._engine.snapshot(self._clock(), self._kind_of)
+        return self._engine.snapshot(self._clock(), self._upstreams.kind_of)
 
     def subscribe(self, callback: Listener) -> Callable[[], None]:
         """Call `callback(event)` with every event (`pathlb.core.events`); the answer ends the subscription.
 
-        It runs inside the request that caused the event: keep it short. What it raises is logged, not propagated.
+        It runs where the event happens, in a request or a timer: keep it short. What it raises is logged, and goes no
+        further.
         """
 
         def guarded(event: Event) -> None:
@@ -270,7 +258,7 @@ class Balancer:
             lease = await self._admission.lease(want, deadline, request.timeouts.pool, attempts)
             if not self._ticking:
                 self._start_ticking(runner)
-            reply, error, outcome = await self._attempt(runner, request, lease, deadline, len(attempts))
+            reply, error, outcome = await self._attempter.make(runner, request, lease, deadline, len(attempts))
             now = clock()
             endpoint = lease.endpoint
             attempts.append(
@@ -305,64 +293,6 @@ class Balancer:
             if decision.wait:
                 slept += decision.wait
                 await anyio.sleep(decision.wait)
-
-    async def _attempt(
-        self, runner: Runner, request: Request, lease: Lease, deadline: float, resends: int
-    ) -> tuple[Reply | None, PathlbError | None, Outcome]:
-        """One attempt, observed: its reply head or its error. When it is cancelled the lease is released too."""
-        engine = self._engine
-        endpoint = lease.endpoint
-        scope = runner.scope(deadline - lease.started)
-        if lease.want.resendable:
-            lease.give_up = scope.cancel
-        span = self._tracing.start(request, endpoint.endpoint, resends) if self._tracing is not None else None
-        reply: Reply | None = None
-        error: PathlbError | None = None
-        outcome = CANCELLED
-        try:
-            async with scope:
-                upstream = self._upstreams[endpoint.url]
-                if span is None:
-                    reply = await upstream.send(request, _NO_HEADERS)
-                else:
-                    reply = await upstream.send(less_replaced(request, span.headers), span.headers)
-            if reply is not None:
-                outcome = self._classifier.reply(request, reply)
-            else:
-                outcome, error = self._cut_short(lease, deadline)
-        except UpstreamError as exc:
-            error = exc
-            outcome = self._classify_failure(request, exc, lease)
-        except Exception as exc:
-            # Neither a failure of the network nor a cancellation: a bug in a transport, or in what the caller gave.
-            outcome = Outcome(Cause.LOCAL, detail=f"{type(exc).__name__}: {exc}")
-            raise
-        finally:
-            engine.observe(self._clock(), lease, outcome)
-            if span is not None:
-                span.end(outcome, reply, error)
-            if reply is None and error is None:
-                self.release(lease)
-        return reply, error, outcome
-
-    def _classify_failure(self, request: Request, error: UpstreamError, lease: Lease) -> Outcome:
-        outcome = self._classifier.failure(request, error)
-        timed_out = error.fault in (Fault.CONNECT_TIMEOUT, Fault.READ_TIMEOUT, Fault.WRITE_TIMEOUT)
-        if timed_out and self._engine.stalled_during(lease, self._clock()) >= _STALL:
-            detail = f"{outcome.detail} (this process was stalled meanwhile)"
-            return Outcome(Cause.LOCAL, outcome.sent, retry=outcome.retry, detail=detail)
-        return outcome
-
-    def _cut_short(self, lease: Lease, deadline: float) -> tuple[Outcome, PathlbError]:
-        """The attempt's scope ended it: the engine gave it up, or the deadline came."""
-        if lease.given_up:
-            return _GIVEN_UP, UpstreamError(
-                Fault.READ_TIMEOUT, Sent.MAYBE_SENT, lease.endpoint.url, "given up while it waited for a reply"
-            )
-        seconds = self._clock() - lease.started
-        return _DEADLINE, DeadlineExceeded(
-            f"no reply from {lease.endpoint.url} before the deadline; the last attempt waited {seconds:.3g} s"
-        )
 
     def _may_send_twice(self, request: Request) -> bool:
         if request.idempotent is not None:
@@ -406,7 +336,7 @@ class Balancer:
 
     def fail_body(self, lease: Lease, error: UpstreamError) -> None:
         """The reply body of this lease broke off."""
-        self._engine.fail_body(self._clock(), lease, self._classify_failure(_NO_REQUEST, error, lease))
+        self._engine.fail_body(self._clock(), lease, self._attempter.classify(_NO_REQUEST, error, lease))
 
     def dropped(self, body: LeasedBody) -> None:
         """A body was collected without being closed; the next tick sees to it. Safe from any thread."""
@@ -432,17 +362,8 @@ class Balancer:
     # --- endpoints and their upstreams
 
     def _apply(self, endpoints: list[Endpoint]) -> None:
-        for endpoint in endpoints:
-            known = next((one.endpoint for one in self._engine.members if one.url == endpoint.url), None)
-            if known is not None and known.server_hostname != endpoint.server_hostname:
-                raise ConfigError("Endpoint.server_hostname", f"of {endpoint.url} cannot change while it is in use")
-        fresh = {one.url: self._factory(one) for one in endpoints if one.url not in self._upstreams}
-        self._upstreams.update(fresh)
+        self._upstreams.apply(endpoints)
         change = self._engine.apply(self._clock(), endpoints)
-        bases: dict[tuple[str, bytes], list[bytes]] = {}
-        for endpoint in endpoints:
-            bases.setdefault((endpoint.scheme, endpoint.authority), []).append(endpoint.base_path)
-        self.bases = {origin: tuple(sorted(paths, key=len, reverse=True)) for origin, paths in bases.items()}
         for state in change.removed:
             if not state.in_flight:
                 self._retire(state.url)
@@ -451,16 +372,9 @@ class Balancer:
 
     def _retire(self, url: str) -> None:
         """Close the upstream of an endpoint that left."""
-        upstream = self._upstreams.pop(url, None)
+        upstream = self._upstreams.leave(url)
         if upstream is not None and self._runner is not None and not self._closed:
             self._runner.spawn(partial(_close_quietly, upstream), finish=True)
-
-    def _upstream_of(self, state: EndpointState) -> Upstream:
-        return self._upstreams[state.url]
-
-    def _kind_of(self, url: str) -> str:
-        upstream = self._upstreams.get(url)
-        return upstream.kind if upstream is not None else ""
 
 
 _NO_REQUEST = Request("", b"", [])

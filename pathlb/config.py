@@ -81,7 +81,39 @@ class BalancerOptions(TypedDict, total=False):
     rng: Rng
 
 
-def check_kind(name: str, value: object, kind: type, hint: str = "") -> None:
-    """Raise `ConfigError` unless `value` is a `kind`."""
+def check_options(
+    policy: object,
+    breaker: object,
+    outlier: object,
+    panic: object,
+    slow_start: object,
+    retry: object,
+    limits: object,
+    deadline: object,
+    health: object,
+    idempotent: object,
+    upstream: object,
+) -> None:
+    """Raise `ConfigError` for a keyword argument of `Balancer` that is not what it should be."""
+    check_number("", "deadline", deadline, 1e-6, 1e9)
+    _check_kind("breaker", breaker, Breaker)
+    _check_kind("panic", panic, Panic)
+    _check_kind("slow_start", slow_start, SlowStart)
+    _check_kind("retry", retry, Retry)
+    _check_kind("limits", limits, Limits, " (httpx's own pool limits have no effect: pathlb's pools never queue)")
+    if outlier is not None:
+        _check_kind("outlier", outlier, Outlier)
+    if health is not None:
+        _check_kind("health", health, Health)
+    picks = callable(getattr(policy, "pick", None)) and hasattr(policy, "name") and not isinstance(policy, type)
+    if policy is not None and not picks:
+        raise ConfigError("policy", f"must be an object with a name and a pick method, not {policy!r}")
+    if upstream is not None and not callable(upstream):
+        raise ConfigError("upstream", f"must be a function from an Endpoint to an Upstream, not {upstream!r}")
+    if idempotent is not None and not isinstance(idempotent, bool) and not callable(idempotent):
+        raise ConfigError("idempotent", f"must be a bool or a function of the request, not {idempotent!r}")
+
+
+def _check_kind(name: str, value: object, kind: type, hint: str = "") -> None:
     if not isinstance(value, kind):
         raise ConfigError(name, f"must be a pathlb.{kind.__name__}, not {type(value).__name__}{hint}")

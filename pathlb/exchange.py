@@ -98,8 +98,7 @@ class Reply:
     """Every attempt made for this request, the one that brought this reply last."""
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(NamedTuple):
     """One attempt, explained: where, why there, how it ended and how long that took."""
 
     endpoint: str

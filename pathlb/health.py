@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import anyio
 
@@ -24,7 +24,7 @@ class Prober:
         self._clock = clock
         self._rng = rng
         self._engine: Engine
-        self._upstream_of: Callable[[EndpointState], Upstream]
+        self._upstreams: Mapping[str, Upstream]
         self._watched: dict[EndpointState, anyio.CancelScope] = {}
         self._unasked: set[EndpointState] = set()
         """Of the first round."""
@@ -33,10 +33,10 @@ class Prober:
         self.settled = not config.wait
         """The first round is over, or nobody waits for it."""
 
-    def start(self, runner: Runner, engine: Engine, upstream_of: Callable[[EndpointState], Upstream]) -> None:
+    def start(self, runner: Runner, engine: Engine, upstreams: Mapping[str, Upstream]) -> None:
         """Begin. Called once, by whichever request comes first."""
         self._engine = engine
-        self._upstream_of = upstream_of
+        self._upstreams = upstreams
         self._unasked = set(engine.members)
         self._first_round = anyio.Event()
         runner.spawn(self._run)
@@ -90,7 +90,7 @@ class Prober:
         limit = config.timeout
         request = Request("GET", config.path.encode("ascii"), [], timeouts=Timeouts(limit, limit, limit, None))
         try:
-            reply = await self._upstream_of(state).send(request, [])
+            reply = await self._upstreams[state.url].send(request, [])
             try:
                 async for _ in reply.body:
                     pass

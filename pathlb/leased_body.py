@@ -23,7 +23,7 @@ class LeaseEnds(Protocol):
 class LeasedBody:
     """The body of a reply, tied to the lease: closing it, or dropping it, ends the request."""
 
-    __slots__ = ("_done", "_ends", "inner", "lease")
+    __slots__ = ("_done", "_ends", "_parts", "inner", "lease")
 
     def __init__(self, inner: ReplyBody, lease: Lease, ends: LeaseEnds) -> None:
         self.inner = inner
@@ -31,10 +31,14 @@ class LeasedBody:
         self._ends = ends
         self._done = False
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        # Not an async generator: one left half-way would be the event loop's to finish.
+        self._parts = aiter(self.inner)
+        return self
+
+    async def __anext__(self) -> bytes:
         try:
-            async for part in self.inner:
-                yield part
+            return await self._parts.__anext__()
         except UpstreamError as exc:
             if not self._done:
                 self._ends.fail_body(self.lease, exc)

@@ -8,6 +8,7 @@ their own: what the request that happens to start them has set (a span, say) is 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from contextvars import Context
 from types import TracebackType
@@ -20,16 +21,16 @@ Work = Callable[[], Awaitable[object]]
 
 
 class AttemptScope(Protocol):
-    """`async with` it around an attempt: ends it after a time, or when `cancel` is called from elsewhere.
+    """`with` it around an attempt: ends it after a time, or when `cancel` is called from elsewhere.
 
     Leaving it does not raise for that; `cut` tells.
     """
 
     cut: bool
 
-    async def __aenter__(self) -> AttemptScope: ...
+    def __enter__(self) -> AttemptScope: ...
 
-    async def __aexit__(
+    def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> bool: ...
 
@@ -75,30 +76,92 @@ def make_runner() -> Runner:
 
 
 class AsyncioScope:
-    """An attempt on asyncio: the standard library's timeout, which can also be ended early."""
+    """An attempt on asyncio: what `asyncio.timeout` does, with one timer for all of them."""
 
-    __slots__ = ("_timeout", "cut")
+    __slots__ = ("_cancelling", "_deadlines", "_struck", "_task", "cut", "deadline")
 
-    def __init__(self, seconds: float) -> None:
-        self._timeout = asyncio.timeout(seconds)
+    def __init__(self, deadlines: _Deadlines, deadline: float) -> None:
+        self._deadlines = deadlines
+        self.deadline = deadline
+        """On the clock of the event loop."""
+        self._struck = False
         self.cut = False
 
-    async def __aenter__(self) -> AsyncioScope:
-        await self._timeout.__aenter__()
+    def __enter__(self) -> AsyncioScope:
+        task = asyncio.current_task()
+        assert task is not None  # only tasks can wait
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._deadlines.add(self)
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> bool:
-        try:
-            await self._timeout.__aexit__(exc_type, exc, tb)
-        except TimeoutError:
+        self._deadlines.discard(self)
+        # Somebody else may have cancelled the task too: theirs goes on.
+        if self._struck and self._task.uncancel() <= self._cancelling and exc_type is asyncio.CancelledError:
             self.cut = True
         return self.cut
 
     def cancel(self) -> None:
-        if not self._timeout.expired():  # else it is ending already, and cannot be rescheduled
-            self._timeout.reschedule(0)
+        self._deadlines.bring_forward(self)
+
+    def strike(self) -> None:
+        """End the attempt; called by the event loop, with the task suspended."""
+        self._struck = True
+        self._task.cancel()
+
+
+class _Deadlines:
+    """The deadlines of the attempts under way. Nearly all end long before theirs, so one timer waits for the earliest
+    of those there were when it was set: a timer each costs more than all the rest of a scope.
+    """
+
+    __slots__ = ("_due", "_loop", "_scopes", "_timer")
+
+    GRAIN = 0.002  # seconds a deadline may be late, so that thousands passing one by one do not each cost a search
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._scopes: set[AsyncioScope] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = math.inf
+
+    def add(self, scope: AsyncioScope) -> None:
+        self._scopes.add(scope)
+        if scope.deadline < self._due:
+            self._wait_until(scope.deadline)
+
+    def discard(self, scope: AsyncioScope) -> None:
+        self._scopes.discard(scope)
+
+    def bring_forward(self, scope: AsyncioScope) -> None:
+        """Its deadline is now. It is struck from the event loop, never from within its own task."""
+        scope.deadline = -math.inf
+        if scope in self._scopes:
+            self._wait_until(self._loop.time())
+
+    def rest(self) -> None:
+        """Leave no timer behind where nothing is under way."""
+        if self._timer is not None and not self._scopes:
+            self._timer.cancel()
+            self._due = math.inf
+
+    def _wait_until(self, due: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = due
+        self._timer = self._loop.call_at(due, self._strike, context=Context())
+
+    def _strike(self) -> None:
+        now = max(self._loop.time(), self._due)
+        for scope in [scope for scope in self._scopes if scope.deadline <= now]:
+            self._scopes.remove(scope)
+            scope.strike()
+        self._due = math.inf
+        if self._scopes:
+            self._wait_until(max(now + self.GRAIN, min(scope.deadline for scope in self._scopes)))
 
 
 class AsyncioRunner:
@@ -106,10 +169,13 @@ class AsyncioRunner:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.home: object = loop
-        self.scope = AsyncioScope
         self._loop = loop
+        self._deadlines = _Deadlines(loop)
         self._tasks: dict[asyncio.Task[object], bool] = {}
         self._timer: asyncio.TimerHandle | None = None
+
+    def scope(self, seconds: float) -> AttemptScope:
+        return AsyncioScope(self._deadlines, self._loop.time() + seconds)
 
     def spawn(self, work: Work, *, finish: bool = False) -> None:
         task = self._loop.create_task(_run(work), context=Context())
@@ -133,6 +199,7 @@ class AsyncioRunner:
             if not finish:
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._deadlines.rest()
 
 
 async def _run(work: Work) -> object:
@@ -150,11 +217,11 @@ class TrioScope:
         self._scope = trio.CancelScope(deadline=trio.current_time() + seconds)
         self.cut = False
 
-    async def __aenter__(self) -> TrioScope:
+    def __enter__(self) -> TrioScope:
         self._scope.__enter__()
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> bool:
         self.cut = bool(self._scope.__exit__(exc_type, exc, tb))

@@ -13,6 +13,7 @@ from ..errors import Fault, UpstreamError
 from ..exchange import Headers, Reply, Request
 
 _INSTANCE_STATUSES = frozenset({500, 502, 503, 504})
+_MAY_ASK_TO_WAIT = (Cause.OVERLOAD, Cause.INSTANCE)
 _NEVER_LEFT = frozenset({Fault.LOCAL_PROTOCOL, Fault.UNSUPPORTED_PROTOCOL})
 _BROKEN_CONNECTION = frozenset({Fault.READ, Fault.WRITE, Fault.CLOSE, Fault.REMOTE_PROTOCOL})
 
@@ -32,7 +33,7 @@ class HTTPClassifier:
         outcome = self._known.get(reply.status)
         if outcome is None:
             outcome = self._known[reply.status] = self._by_status(reply.status)
-        if outcome.cause in (Cause.OVERLOAD, Cause.INSTANCE):
+        if reply.status >= 429 and outcome.cause in _MAY_ASK_TO_WAIT:
             retry_after = parse_retry_after(reply.headers)
             if retry_after is not None:
                 return Outcome(outcome.cause, retry=outcome.retry, retry_after=retry_after, status=reply.status)

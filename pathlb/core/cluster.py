@@ -161,9 +161,9 @@ class Cluster:
 
     # --- evidence
 
-    def succeeded(self, now: float, running: float, state: EndpointState, seconds: float) -> None:
-        """A reply head arrived after `seconds`. `running` is `now` less the stalls of this process."""
-        state.latency.record(now, seconds)
+    def succeeded(self, running: float, state: EndpointState, seconds: float) -> None:
+        """A reply head arrived after `seconds`. `running` is the time less the stalls of this process."""
+        state.latency.record(running, seconds)
         state.recent.answered(running, running - seconds)
         state.recent.add(Sample(running, False, seconds))
         state.overload_streak = 0
@@ -188,20 +188,21 @@ class Cluster:
     def inform_breakers(self, now: float, lease: Lease, outcome: Outcome) -> None:
         """Let the breakers of the endpoint and of the keys concerned count it, and end the probe the lease may be."""
         state, mark = lease.endpoint, SIGNALS[outcome.cause].breaker
+        breaker, keyed = state.breaker, lease.key is not None or outcome.key is not None
         # An instance that answers for one of its services being at fault is itself at work.
-        own = Mark.SUCCESS if _is_scoped(outcome) else mark
-        state.breaker.observe(now, own, lease.epoch, probe=lease.probing is state.breaker, panic=lease.panic)
-        if lease.key is None and outcome.key is None:
+        own = Mark.SUCCESS if keyed and _is_scoped(outcome) else mark
+        breaker.observe(now, own, lease.epoch, probe=lease.probing is breaker, panic=lease.panic)
+        if not keyed:
             return
         if outcome.key is not None and mark is Mark.FAILURE and outcome.key not in state.key_breakers:
             self._add_key_breaker(now, state, outcome.key)
         for key in dict.fromkeys((lease.key, outcome.key)):
-            breaker = state.key_breakers.get(key) if key is not None else None
-            if breaker is None:
+            scoped = state.key_breakers.get(key) if key is not None else None
+            if scoped is None:
                 continue
             about = mark if outcome.key is None or outcome.key == key else Mark.IGNORE
-            epoch = lease.key_epoch if key == lease.key else breaker.epoch
-            breaker.observe(now, about, epoch, probe=breaker is lease.probing, panic=lease.panic)
+            epoch = lease.key_epoch if key == lease.key else scoped.epoch
+            scoped.observe(now, about, epoch, probe=scoped is lease.probing, panic=lease.panic)
 
     def _add_key_breaker(self, now: float, state: EndpointState, key: str) -> None:
         breakers = state.key_breakers

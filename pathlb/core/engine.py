@@ -137,7 +137,7 @@ class Engine:
         del state.waiting[lease]
         running = now - self._stall.read(now)
         if SIGNALS[outcome.cause].latency:
-            self._cluster.succeeded(now, running, state, running - lease.began)
+            self._cluster.succeeded(running, state, running - lease.began)
         else:
             self._cluster.failed(now, running, lease, outcome)
         self._cluster.inform_breakers(now, lease, outcome)

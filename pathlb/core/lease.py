@@ -24,6 +24,9 @@ class LeaseState(enum.Enum):
     RELEASED = "released"
 
 
+_PICKED = LeaseState.PICKED
+
+
 class Want:
     """What one request asks of a pick. One object serves all its attempts."""
 
@@ -93,7 +96,7 @@ class Lease:
         self.candidates = candidates
         self.in_flight = endpoint.in_flight
         """In flight at the endpoint before this one."""
-        self.state = LeaseState.PICKED
+        self.state = _PICKED
         self.epoch = endpoint.breaker.epoch
         self.key = want.key
         self.key_epoch = 0

@@ -168,6 +168,9 @@ class Cause(enum.Enum):
     HEDGE_LOST = "hedge lost"
     LOCAL = "local fault"
 
+    # Members are singletons: their identity is a cheaper hash than the one of their name.
+    __hash__ = object.__hash__
+
 
 class Mark(enum.Enum):
     """How one signal counts one outcome."""

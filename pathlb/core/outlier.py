@@ -124,7 +124,7 @@ def _stalls(evidence: list[Evidence], bulk: float, now: float, config: Outlier) 
         ejection, waits = one.endpoint.ejection, one.first_waits(now)
 
         def stalled(ahead: float, one: Evidence = one, waits: list[float] = waits) -> int:
-            """How many attempts will be overdue in `ahead` seconds if the silence goes on; 0 if it is too short then."""
+            """How many attempts are overdue `ahead` seconds from now, if the silence is long enough then; else 0."""
             overdue = sum(wait + ahead > overdue_after for wait in waits)
             # Each one missing to `stalled_attempts` doubles the patience.
             patience = overdue_after * 2.0 ** min(2, max(0, config.stalled_attempts - overdue))

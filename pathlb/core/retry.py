@@ -87,7 +87,7 @@ def decide(
         return Final("its body is a stream and cannot be sent again")
     stopped = strategy.stops() if strategy else None
     if _spent(situation, config) if stopped is None else stopped:
-        return Final(f"{situation.attempts} attempts made")
+        return Final("no attempts are left")
     wait = strategy.wait() if strategy else None
     if wait is None:
         wait = 0.0 if situation.untried else _back_off(outcome, situation, config, rng)

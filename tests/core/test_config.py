@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -120,3 +121,23 @@ def test_a_number_without_owner() -> None:
         check_number("", "deadline", 11, 0, 10)
     with pytest.raises(ConfigError, match=r"^deadline: must be at least 1, not 0$"):
         check_number("", "deadline", 0, 1)
+
+
+def test_strategies_must_not_be_async() -> None:
+    async def later(state: Any) -> bool:
+        return True
+
+    class Later:
+        async def __call__(self, state: Any) -> bool:
+            return True
+
+    for name in ("stop", "wait", "retry"):
+        for strategy in (later, Later()):
+            with pytest.raises(ConfigError, match="must not be async") as caught:
+                Retry(**{name: strategy})
+            assert caught.value.field == f"Retry.{name}"
+
+
+def test_a_config_error_crosses_processes() -> None:
+    error = pickle.loads(pickle.dumps(ConfigError("Retry.stop", "is wrong")))
+    assert (error.field, error.problem, str(error)) == ("Retry.stop", "is wrong", "Retry.stop: is wrong")

@@ -24,7 +24,10 @@ from .test_eligibility import make
 
 NOW = 100.0
 CONFIG = Outlier(confirm=0.0)
-SERVICE: dict[str, Distribution] = {"exponential": exponential(0.05), "lognormal": lognormal(0.05), "constant": constant(0.05)}
+SERVICE: dict[str, Distribution] = {
+    "exponential": exponential(0.05), "lognormal": lognormal(0.05),
+    "constant": constant(0.05),
+}
 
 
 def endpoint(
@@ -72,7 +75,7 @@ def test_one_endpoint_is_compared_with_nobody() -> None:
 def test_each_signal_fires_with_few_endpoints(count: int) -> None:
     peers = [endpoint(number, *FAST) for number in range(1, count)]
     assert verdicts(endpoint(0, *FAST), *peers) == []
-    assert verdicts(endpoint(0, *FAST[:10], failed=12), *peers) == [("http://gw0", "failures")]
+    assert verdicts(endpoint(0, *FAST[:10], failed=20), *peers) == [("http://gw0", "failures")]
     assert verdicts(endpoint(0, *SLOW), *peers) == [("http://gw0", "latency")]
     assert verdicts(endpoint(0, waits=(0.6,) * 3, last_head=NOW - 9), *peers) == [("http://gw0", "stall")]
 
@@ -86,8 +89,8 @@ def test_the_worst_signal_is_named() -> None:
 
 
 def test_the_figures_are_given() -> None:
-    (failing,) = judge([endpoint(0, *FAST[:10], failed=12), endpoint(1, *FAST)], NOW, CONFIG)
-    assert failing.why == "12 of 22 failed, of the peers' 0 of 21"
+    (failing,) = judge([endpoint(0, *FAST[:10], failed=20), endpoint(1, *FAST)], NOW, CONFIG)
+    assert failing.why == "20 of 30 failed, of the peers' 0 of 21"
     (slow,) = judge([endpoint(0, *[0.5] * 20), endpoint(1, *[0.05] * 20)], NOW, CONFIG)
     assert slow.why == "typically 500 ms, the peers 50 ms"
 
@@ -98,7 +101,7 @@ def test_two_bad_ones_do_not_hide_each_other() -> None:
         ("http://gw0", "latency"),
         ("http://gw1", "latency"),
     ]
-    both = [endpoint(number, *FAST, failed=21) for number in (0, 1)]
+    both = [endpoint(number, *FAST[:10], failed=40) for number in (0, 1)]
     assert [signal for _, signal in verdicts(*both, *good)] == ["failures", "failures"]
 
 
@@ -212,7 +215,7 @@ def test_latency_is_confirmed_and_hysteresis_keeps_the_suspicion() -> None:
 # --- stalls
 
 
-@pytest.mark.parametrize(("count", "patience"), [(5, 0.5), (3, 0.5), (2, 1.0), (1, 2.0)])
+@pytest.mark.parametrize(("count", "patience"), [(4, 0.5), (3, 0.5), (2, 1.0), (1, 2.0)])
 def test_the_more_attempts_hang_the_sooner_it_counts(count: int, patience: float) -> None:
     def fires(waited: float) -> bool:
         hanging = endpoint(0, waits=(waited,) * count, last_head=NOW - 50)
@@ -220,6 +223,25 @@ def test_the_more_attempts_hang_the_sooner_it_counts(count: int, patience: float
 
     assert not fires(patience - 0.01)
     assert fires(patience + 0.01)
+
+
+def test_after_a_common_pause_nobody_is_condemned_for_not_being_the_first_to_answer() -> None:
+    config = Outlier(confirm=0.3)
+    late, first = endpoint(0, *FAST, waits=(3.0,) * 4, last_head=NOW - 3), endpoint(1, *FAST)
+    assert judge([late, first], NOW, config) == []
+    late.recent.answered(NOW + 0.1, NOW - 3)
+    assert judge([late, first], NOW + 0.2, config) == []
+    late.recent.last_head = NOW - 3
+    assert judge([late, first], NOW + 0.3, config) == []  # the answer in between has set back the clock
+    first.recent.answered(NOW + 0.6, NOW + 0.5)
+    ((verdict),) = judge([late, first], NOW + 0.6, config)
+    assert verdict.signal == "stall"
+
+
+def test_what_is_younger_than_all_that_peers_have_answered_waits_for_what_all_wait_for() -> None:
+    peer = endpoint(1, *FAST, last_head=NOW - 2)
+    assert verdicts(endpoint(0, waits=(1.9,) * 4, last_head=NOW - 9), peer) == []
+    assert verdicts(endpoint(0, waits=(2.1,) * 4, last_head=NOW - 9), peer) == [("http://gw0", "stall")]
 
 
 def test_a_reply_meanwhile_is_no_silence() -> None:
@@ -320,7 +342,8 @@ def test_a_hanging_endpoint_is_noticed_while_it_hangs(service: str, count: int, 
     before = sim.engine.snapshot(10.0, lambda url: "").retry_budget
     hanging = sim.engine.members[0]
     sim.run(10.0 + within)
-    assert [(event.endpoint, event.signal) for event in sim.ejected] == [("http://gw0", "stall")]
+    assert [event.endpoint for event in sim.ejected] == ["http://gw0"]
+    assert sim.ejected[0].signal in ("stall", "latency")
     assert sim.given_up > 0
     assert (hanging.in_flight, len(hanging.waiting)) == (0, 0)
     assert hanging.counts.ignored == sim.given_up
@@ -381,16 +404,16 @@ def test_no_more_than_the_maximum_share_is_out(share: float, most: int) -> None:
 
 
 def test_no_flapping_at_a_steady_ratio_below_the_factor() -> None:
-    for service, allowed in (("constant", 0), ("exponential", 1), ("lognormal", 1)):
+    for service in SERVICE:
         for rate in (50, 400):
             sim = Simulation(5, rate, SERVICE[service], 6)
             sim.behaviours[0].factor = 2.5
-            sim.run(120.0 if rate == 50 else 40.0)
-            assert len(sim.ejected) <= allowed, (service, rate)
+            sim.run(80.0 if rate == 50 else 15.0)
+            assert sim.ejected == [], (service, rate)
 
 
 def test_ejections_of_one_that_stays_bad_grow_and_are_forgotten_by_one_that_mends() -> None:
-    sim = change(Simulation(5, 400, SERVICE["constant"], 7), factor=10.0)
+    sim = change(Simulation(3, 150, SERVICE["constant"], 7), factor=10.0)
     sim.run(70.0)
     assert len(sim.ejected) >= 3
     for number, event in enumerate(sim.ejected, 1):

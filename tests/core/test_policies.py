@@ -59,22 +59,30 @@ def test_same_seed_same_picks(kind: type[Policy]) -> None:
 def test_least_connections_picks_a_minimum(loads: list[tuple[int, float]], seed: int) -> None:
     servers = fleet(loads)
     picked = LeastConnections().pick(servers, random.Random(seed))
-    assert (picked.in_flight + 1) / picked.weight == min((s.in_flight + 1) / s.weight for s in servers)
+    assert picked.in_flight / picked.weight == min(server.in_flight / server.weight for server in servers)
 
 
-def test_least_connections_breaks_ties_evenly() -> None:
-    servers = fleet([(1, 1.0), (0, 1.0), (0, 1.0), (5, 1.0), (0, 1.0)])
+def near(count: int, expected: float, of: int) -> bool:
+    """Within five standard deviations."""
+    return abs(count - expected) < 5 * (expected * (1 - expected / of)) ** 0.5
+
+
+def test_least_connections_breaks_ties_by_weight() -> None:
+    servers = fleet([(1, 1.0), (0, 1.0), (0, 1.0), (5, 1.0), (0, 2.0)])
     policy, rng = LeastConnections(), random.Random(3)
-    counts = Counter(policy.pick(servers, rng).endpoint.url for _ in range(9000))
+    counts = Counter(policy.pick(servers, rng).endpoint.url for _ in range(8000))
     assert set(counts) == {"http://gw1", "http://gw2", "http://gw4"}
-    for count in counts.values():
-        assert abs(count - 3000) < 5 * (9000 * 2 / 9) ** 0.5  # five standard deviations
+    for url, expected in (("http://gw1", 2000), ("http://gw2", 2000), ("http://gw4", 4000)):
+        assert near(counts[url], expected, 8000)
 
 
-def test_least_connections_prefers_the_heavier_of_two_idle() -> None:
-    light, heavy = fleet([(0, 1.0), (0, 2.0)])
-    for order in ([light, heavy], [heavy, light]):
-        assert LeastConnections().pick(order, ScriptedRng(0.0)) is heavy
+def test_least_connections_gives_an_idle_endpoint_on_the_ramp_something() -> None:
+    servers = fleet([(0, 1.0), (0, 1.0), (0, 0.1)])
+    policy, rng = LeastConnections(), random.Random(4)
+    counts = Counter(policy.pick(servers, rng).endpoint.url for _ in range(8000))
+    assert near(counts["http://gw2"], 8000 * 0.1 / 2.1, 8000)
+    servers[0].in_flight = servers[1].in_flight = 1
+    assert policy.pick(servers, rng) is servers[2]
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=6))
@@ -113,8 +121,10 @@ def test_round_robin_owes_nothing_to_one_that_was_out() -> None:
     assert Counter(policy.pick(servers, rng).endpoint.url for _ in range(6))[c.endpoint.url] == 2
 
 
-@given(loads=FLEETS, first=st.floats(0, 0.999), second=st.floats(0, 0.999))
-def test_p2c_never_compares_one_with_itself(loads: list[tuple[int, float]], first: float, second: float) -> None:
+@given(loads=FLEETS, first=st.floats(0, 0.999), second=st.floats(0, 0.999), tie=st.floats(0, 0.999))
+def test_p2c_never_compares_one_with_itself(
+    loads: list[tuple[int, float]], first: float, second: float, tie: float
+) -> None:
     read: list[int] = []
 
     class Watched(Sequence[Server]):
@@ -126,10 +136,10 @@ def test_p2c_never_compares_one_with_itself(loads: list[tuple[int, float]], firs
             return servers[index]
 
     servers = fleet(loads)
-    picked = P2C().pick(Watched(), ScriptedRng(first, second))
+    picked = P2C().pick(Watched(), ScriptedRng(first, second, tie))
     one, other = read
     assert one != other
-    loads_of_both = {index: (servers[index].in_flight + 1) / servers[index].weight for index in read}
+    loads_of_both = {index: servers[index].in_flight / servers[index].weight for index in read}
     assert loads_of_both[servers.index(picked)] == min(loads_of_both.values())
 
 
@@ -141,3 +151,10 @@ def test_p2c_reaches_every_pair_evenly() -> None:
     assert counts[3] == 0
     for load, expected in ((0, 6000), (1, 4000), (2, 2000)):
         assert abs(counts[load] - expected) < 300
+
+
+def test_p2c_breaks_ties_by_weight() -> None:
+    servers = fleet([(0, 1.0), (0, 3.0)])
+    policy, rng = P2C(), random.Random(6)
+    counts = Counter(policy.pick(servers, rng).endpoint.url for _ in range(8000))
+    assert near(counts["http://gw1"], 6000, 8000)

@@ -155,9 +155,13 @@ async def test_in_memory(anyio_backend: str, requests: int) -> None:
                         balancer.drain(url)
                         balancer.undrain(url)
 
+            def forgotten() -> bool:
+                gc.collect()
+                return {id(one) for one in made} == {id(one) for one in balancer._upstreams.values()}
+
             async def rest() -> Footprint:
                 gc.collect()
-                await until(lambda: balancer.snapshot().in_flight == 0)
+                await until(lambda: not balancer.snapshot().in_flight and not balancer._ticking)
                 await until(lambda: bodies["opened"] == bodies["closed"])
                 balancer.update(urls[:6])
                 snapshot = balancer.snapshot()
@@ -169,8 +173,7 @@ async def test_in_memory(anyio_backend: str, requests: int) -> None:
                 for upstream in made:
                     upstream.calls.clear()
                 # Those of endpoints that left were closed and forgotten.
-                gc.collect()
-                await until(lambda: {id(one) for one in made} == {id(one) for one in balancer._upstreams.values()})
+                await until(forgotten)
                 return Footprint.now()
 
             await load(requests // 5, lambda: one_of_every_kind(client, rng, ends), churn)
@@ -212,7 +215,7 @@ async def test_on_sockets(stack: Stack) -> None:
                         gateway.restore()
                     gc.collect()
                     balancer.update(urls)
-                    await until(lambda: balancer.snapshot().in_flight == 0)
+                    await until(lambda: not balancer.snapshot().in_flight and not balancer._ticking)
                     # Dropped replies are closed in the background.
                     await until(lambda: open_connections(client) == [])
                     await until(lambda: left_in_pools(client) == 0)

@@ -30,6 +30,14 @@ def stack(request: pytest.FixtureRequest) -> Stack:
     return STACKS[request.param]
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second for a connect is a lot for a gateway and little for a test machine that is busy elsewhere."""
+    for one in STACKS.values():
+        defaults = one.pathlb.AsyncClient.__init__.__kwdefaults__
+        monkeypatch.setitem(defaults, "timeout", one.http.Timeout(15.0, pool=None))
+
+
 @pytest.fixture
 def fleet() -> Iterator[Fleet]:
     with Fleet(3, service_time=ServiceTime.constant(0), record=True) as fleet:

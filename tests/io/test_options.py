@@ -24,6 +24,7 @@ def options(**given: Any) -> dict[str, Any]:
 def attempts_of(response: Any) -> tuple[Attempt, ...]:
     attempts = response.extensions["pathlb"]["attempts"]
     assert isinstance(attempts, tuple)
+    print(*attempts, sep="\n")  # noqa: T201 (pytest shows it where a test fails)
     return attempts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import anyio
@@ -285,6 +286,22 @@ async def test_nor_does_a_client_that_was_not(stack: Stack) -> None:
             raise AssertionError("the first round cannot end")
     assert hanging.upstream.closed
     assert elsewhere.entered == 0
+
+
+async def test_what_the_first_request_has_set_is_not_the_probes() -> None:
+    """A span around it, say, or who is logged in."""
+    seen: set[str] = set()
+
+    def answer(request: Request, extra: Headers) -> Reply:
+        seen.add(current.get())
+        return reply()
+
+    current: ContextVar[str] = ContextVar("current", default="nobody's")
+    token = current.set("the first request's")
+    async with scripted(ScriptedUpstream(answer), health=Health("/health")):
+        pass
+    current.reset(token)
+    assert seen == {"nobody's"}
 
 
 async def test_closing_ends_the_probes() -> None:

@@ -9,25 +9,25 @@ from .base import CandidateT
 
 
 class LeastConnections:
-    """Full scan for the least `(in_flight + 1) / weight`, ties broken at random (nginx and HAProxy `leastconn`).
+    """Full scan for the least `in_flight / weight` (nginx `least_conn`), ties broken at random in proportion to weight.
 
-    The + 1 is the request being placed: an idle endpoint of weight 1 then loses to an idle one of weight 2. The random
-    tie-break keeps many clients from starting in step on the same endpoint.
+    The random tie-break keeps many clients from starting in step on the same endpoint. An idle endpoint always is a
+    candidate, however small its weight: one on the slow-start ramp gets requests one at a time at least, never none.
     """
 
     name = "least connections"
 
     def pick(self, candidates: Sequence[CandidateT], rng: Rng, /) -> CandidateT:
         best = candidates[0]
-        least = (best.in_flight + 1) / best.weight
-        ties = 1
+        least = best.in_flight / best.weight
+        tied = best.weight
         for candidate in candidates[1:]:
-            load = (candidate.in_flight + 1) / candidate.weight
+            load = candidate.in_flight / candidate.weight
             if load < least:
-                best, least, ties = candidate, load, 1
+                best, least, tied = candidate, load, candidate.weight
             elif load == least:
-                # Reservoir sampling: the k-th of equals replaces the choice with probability 1/k.
-                ties += 1
-                if rng.random() * ties < 1.0:
+                # Weighted reservoir sampling: each of those tied ends up chosen with its share of their weight.
+                tied += candidate.weight
+                if rng.random() * tied < candidate.weight:
                     best = candidate
         return best

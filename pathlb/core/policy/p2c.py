@@ -9,9 +9,8 @@ from .base import CandidateT
 
 
 class P2C:
-    """Compares `(in_flight + 1) / weight` of two distinct random candidates (Mitzenmacher 2001; Finagle, linkerd).
-
-    Costs the same for five endpoints and for a thousand.
+    """Compares `in_flight / weight` of two distinct random candidates (Mitzenmacher 2001; Finagle, linkerd); a tie goes
+    to either in proportion to weight. Costs the same for five endpoints and for a thousand.
     """
 
     name = "p2c"
@@ -23,6 +22,7 @@ class P2C:
         if second >= first:  # shift past the first, so that the two are never the same
             second += 1
         one, other = candidates[first], candidates[second]
-        if (other.in_flight + 1) / other.weight < (one.in_flight + 1) / one.weight:
-            return other
-        return one
+        one_load, other_load = one.in_flight / one.weight, other.in_flight / other.weight
+        if one_load == other_load:
+            return other if rng.random() * (one.weight + other.weight) < other.weight else one
+        return other if other_load < one_load else one

@@ -1,0 +1,42 @@
+"""Which upstream leads to which endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..core.errors import ConfigError
+from ..core.model import Endpoint
+from .base import Upstream, UpstreamFactory
+
+
+class UpstreamDirectory(dict[str, Upstream]):
+    """The upstreams by the URL of their endpoint: those of the members, and of removed ones still in use."""
+
+    def __init__(self, factory: UpstreamFactory) -> None:
+        super().__init__()
+        self._factory = factory
+        self._endpoints: dict[str, Endpoint] = {}
+        self.bases: dict[tuple[str, bytes], tuple[bytes, ...]] = {}
+        """Scheme and authority of the members, each with the base paths there, longest first."""
+
+    def apply(self, endpoints: Iterable[Endpoint]) -> None:
+        """Make upstreams for those that have none. Raises `ConfigError`, and changes nothing then."""
+        wanted = {endpoint.url: endpoint for endpoint in endpoints}
+        for url, endpoint in wanted.items():
+            if url in self and self._endpoints[url].server_hostname != endpoint.server_hostname:
+                raise ConfigError("Endpoint.server_hostname", f"of {url} cannot change while it is in use")
+        self.update({url: self._factory(endpoint) for url, endpoint in wanted.items() if url not in self})
+        self._endpoints.update(wanted)
+        bases: dict[tuple[str, bytes], list[bytes]] = {}
+        for endpoint in wanted.values():
+            bases.setdefault((endpoint.scheme, endpoint.authority), []).append(endpoint.base_path)
+        self.bases = {origin: tuple(sorted(paths, key=len, reverse=True)) for origin, paths in bases.items()}
+
+    def leave(self, url: str) -> Upstream | None:
+        """The endpoint is gone for good: its upstream, if there is one, to be closed."""
+        self._endpoints.pop(url, None)
+        return self.pop(url, None)
+
+    def kind_of(self, url: str) -> str:
+        """What moves the bytes to this endpoint; empty when nothing does any more."""
+        return self[url].kind if url in self else ""
