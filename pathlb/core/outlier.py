@@ -70,7 +70,7 @@ _ENOUGH = 5  # latencies it takes to compare
 _WAITS_READ = 64  # attempts looked at an endpoint: enough for any verdict, and bounds the cost of a pile-up
 _USUAL_SAMPLES = 10  # replies it takes to speak of a usual latency
 _BULK = 0.95  # share of the replies that tells how long one may well take
-_LEAST_SECONDS = 1e-4  # shorter times count as this
+_LEAST_SECONDS = 1e-4  # added to each, so that what takes no time at all has a logarithm
 _LEAST_SPREAD = 0.25  # of log latency, a quarter up or down: nobody is as regular as a few samples may look
 
 
@@ -82,7 +82,7 @@ def gather(state: EndpointState, now: float, config: Outlier) -> Evidence:
         state,
         total=len(samples),
         failed=sum(sample.failed for sample in samples),
-        replies=[(sample.at, _log(sample.seconds)) for sample in samples if sample.seconds is not None],
+        replies=[(at, math.log(seconds + _LEAST_SECONDS)) for at, _, seconds in samples if seconds is not None],
         waiting=waiting,
         silence=min(now - waiting[0].began, now - state.recent.last_head) if waiting else 0.0,
     )
@@ -170,8 +170,8 @@ def _lags(evidence: list[Evidence], usual: float, now: float, config: Outlier) -
     """
     found = [""] * len(evidence)
     ratios = [0.0] * len(evidence)
-    for span in _SPANS:
-        summaries = [_summarise(one, now, span, usual) for one in evidence]
+    spans = zip(*(_summarise(one, now, usual) for one in evidence), strict=True)
+    for summaries in spans:
         ranked = sorted((one.mean, index) for index, one in enumerate(summaries) if one.size >= _ENOUGH)
         freedom = sum(summaries[index].size - 1 for _, index in ranked)
         if len(ranked) < 2:
@@ -195,13 +195,22 @@ def _lags(evidence: list[Evidence], usual: float, now: float, config: Outlier) -
     ]
 
 
-def _summarise(one: Evidence, now: float, span: float, usual: float) -> Summary:
-    values = [log_seconds for at, log_seconds in one.replies if at >= now - span]
-    values += [_log(wait) for wait in one.waits(now) if wait > usual]
-    if not values:
-        return Summary(0, 0.0, 0.0)
-    mean = sum(values) / len(values)
-    return Summary(len(values), mean, sum((value - mean) ** 2 for value in values))
+def _summarise(one: Evidence, now: float, usual: float) -> list[Summary]:
+    """One summary for each of the spans."""
+    waits = [math.log(wait) for wait in one.waits(now) if wait > usual]
+    size, total, squares = len(waits), sum(waits), sum(value * value for value in waits)
+    replies, index = one.replies, len(one.replies)
+    summaries: list[Summary] = []
+    for span in _SPANS:
+        while index and replies[index - 1][0] >= now - span:
+            index -= 1
+            value = replies[index][1]
+            size += 1
+            total += value
+            squares += value * value
+        mean = total / max(1, size)
+        summaries.append(Summary(size, mean, max(0.0, squares - mean * total)))
+    return summaries
 
 
 def _confirmed(state: EndpointState, ratio: float, now: float, config: Outlier) -> bool:
@@ -216,7 +225,3 @@ def _confirmed(state: EndpointState, ratio: float, now: float, config: Outlier) 
 
 def _lasted(since: float | None, now: float, config: Outlier) -> bool:
     return since is not None and now - since >= config.confirm - 1e-9  # ticks add up with rounding errors
-
-
-def _log(seconds: float) -> float:
-    return math.log(max(seconds, _LEAST_SECONDS))

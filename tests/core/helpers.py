@@ -53,7 +53,11 @@ class Rig:
     """An engine with `count` endpoints gw0, gw1, ... and all its events."""
 
     def __init__(
-        self, count: int | Iterable[Any] = 3, settings: Settings | None = None, policy: Policy | None = None, seed: int = 1
+        self,
+        count: int | Iterable[Any] = 3,
+        settings: Settings | None = None,
+        policy: Policy | None = None,
+        seed: int = 1,
     ) -> None:
         self.settings = settings or Settings()
         self.engine = Engine(self.settings, policy or LeastConnections(), random.Random(seed))

@@ -136,7 +136,9 @@ class Simulation:
 
     def _admit(self, request: Request) -> None:
         holder: list[Any] = []
-        grant = self.engine.acquire(self.now, request.want, lambda: self._at(self.now, lambda: self._granted(request, holder[0])))
+        grant = self.engine.acquire(
+            self.now, request.want, lambda: self._at(self.now, lambda: self._granted(request, holder[0]))
+        )
         if isinstance(grant, Waiter):
             holder.append(grant)
         else:
@@ -186,7 +188,13 @@ class Simulation:
             return
         request.want.failed_on(lease.endpoint)
         decision = engine.decide(
-            now, lease, outcome, attempts=request.attempts, unsent=0, replayable=True, deadline=request.arrived + self.deadline
+            now,
+            lease,
+            outcome,
+            attempts=request.attempts,
+            unsent=0,
+            replayable=True,
+            deadline=request.arrived + self.deadline,
         )
         if isinstance(decision, Again):
             self._at(now + decision.wait, lambda: self._admit(request))

@@ -111,7 +111,14 @@ def test_survey_sorts() -> None:
 
 @pytest.mark.parametrize(
     ("eligible", "out", "threshold", "panic"),
-    [(0, 3, 0.0, True), (1, 9, 0.0, False), (1, 1, 0.5, True), (2, 1, 0.5, False), (2, 0, 1.0, True), (0, 0, 0.0, False)],
+    [
+        (0, 3, 0.0, True),
+        (1, 9, 0.0, False),
+        (1, 1, 0.5, True),
+        (2, 1, 0.5, False),
+        (2, 0, 1.0, True),
+        (0, 0, 0.0, False),
+    ],
 )
 def test_panic_threshold(eligible: int, out: int, threshold: float, panic: bool) -> None:
     states = [make(n) for n in range(eligible)] + [make(9 + n, ejected=True) for n in range(out)]

@@ -32,9 +32,7 @@ from pathlb.core.model import Endpoint
         ("http://my_host-1:65535", "http://my_host-1:65535", "http", "my_host-1", 65535, b"my_host-1:65535", b""),
     ],
 )
-def test_urls(
-    url: str, normal: str, scheme: str, host: str, port: int, authority: bytes | None, base: bytes
-) -> None:
+def test_urls(url: str, normal: str, scheme: str, host: str, port: int, authority: bytes | None, base: bytes) -> None:
     endpoint = Endpoint(url)
     assert endpoint.url == normal
     assert (endpoint.scheme, endpoint.host, endpoint.port) == (scheme, host, port)
@@ -169,7 +167,9 @@ def test_apply_keeps_the_state_of_those_known() -> None:
     a = members.get("http://a")
     assert a is not None
     a.in_flight = 3
-    change = members.apply([EndpointState(Endpoint("http://a", weight=5), HealthState(probed=False)), *fresh("http://c")])
+    change = members.apply(
+        [EndpointState(Endpoint("http://a", weight=5), HealthState(probed=False)), *fresh("http://c")]
+    )
     assert (names(change.added), names(change.removed), names(change.kept)) == (["c"], ["b"], ["a"])
     assert members.get("http://a") is a
     assert (a.in_flight, a.endpoint.weight) == (3, 5)

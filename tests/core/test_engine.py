@@ -52,7 +52,12 @@ def test_the_road_of_a_lease() -> None:
     rig = Rig(1)
     lease = rig.lease(1.0, resendable=True)
     state = rig.state(0)
-    assert (lease.endpoint, lease.reason, lease.started, lease.state) == (state, "only candidate", 1.0, LeaseState.PICKED)
+    assert (lease.endpoint, lease.reason, lease.started, lease.state) == (
+        state,
+        "only candidate",
+        1.0,
+        LeaseState.PICKED,
+    )
     assert (state.in_flight, lease.in_flight, list(state.waiting)) == (1, 0, [lease])
     assert rig.engine.busy
     rig.engine.observe(1.2, lease, OK)
@@ -220,7 +225,9 @@ def test_drain_and_undrain() -> None:
 def test_draining_an_unknown_endpoint() -> None:
     rig = Rig(2)
     for act in (rig.engine.drain, rig.engine.undrain):
-        with pytest.raises(ConfigError, match=r"endpoint: 'http://x' is not one of the endpoints: http://gw0, http://gw1"):
+        with pytest.raises(
+            ConfigError, match=r"endpoint: 'http://x' is not one of the endpoints: http://gw0, http://gw1"
+        ):
             act(0.0, "http://x")
 
 
@@ -506,7 +513,10 @@ def test_beyond_the_limit_requests_wait_in_order() -> None:
     rig.finish(2.0, leases[0])
     assert granted(second).endpoint is leases[0].endpoint
     assert rig.seen(events.Queued) == [events.Queued(0.0, 1), events.Queued(0.0, 2)]
-    assert rig.seen(events.Dequeued) == [events.Dequeued(1.0, 1, 1.0, "granted"), events.Dequeued(2.0, 0, 2.0, "granted")]
+    assert rig.seen(events.Dequeued) == [
+        events.Dequeued(1.0, 1, 1.0, "granted"),
+        events.Dequeued(2.0, 0, 2.0, "granted"),
+    ]
 
 
 def test_a_full_queue_fails_at_once() -> None:
@@ -565,7 +575,7 @@ def test_a_waiter_who_takes_anything_does_not_hold_up_one_whose_wish_is_free() -
     plain, pinned = wait(rig), wait(rig, pin="http://gw0")
     rig.state(0).in_flight -= 1
     rig.fail(1, 0.0, 0)
-    rig.engine._cluster._eject(0.0, Verdict(rig.state(0), "latency", ""), Outlier())  # free, but out: for who is pinned to it that is panic
+    rig.engine._cluster._eject(0.0, Verdict(rig.state(0), "latency", ""), Outlier())
     rig.engine.tick(0.0)
     assert granted(pinned).reason == "panic"
     assert plain.waiting
@@ -659,7 +669,7 @@ def test_decide_waits_when_everybody_was_tried() -> None:
 
 def test_decide_refuses_with_a_reason() -> None:
     rig = Rig(2)
-    decision, lease = ask(rig, 1.0, BROKEN, resendable=False)
+    decision, _ = ask(rig, 1.0, BROKEN, resendable=False)
     assert decision == Final("not safe to send twice")
     assert rig.seen(events.RetryRefused)[-1].why == "not safe to send twice"
     assert ask(rig, 1.0, OK)[0] == FINAL

@@ -67,7 +67,12 @@ class EngineMachine(RuleBasedStateMachine):
     def probe(self, number: int, passed: bool) -> None:
         self.do("probe", number, passed)
 
-    @rule(resendable=st.booleans(), key=INDEX, pin=st.sampled_from([0, 1, 2, 9, 9, 9]), avoid=st.sampled_from([0, 0, 1, 6]))
+    @rule(
+        resendable=st.booleans(),
+        key=INDEX,
+        pin=st.sampled_from([0, 1, 2, 9, 9, 9]),
+        avoid=st.sampled_from([0, 0, 1, 6]),
+    )
     def acquire(self, resendable: bool, key: int, pin: int, avoid: int) -> None:
         self.do("acquire", resendable, key, pin, avoid)
 
@@ -107,7 +112,9 @@ class EngineMachine(RuleBasedStateMachine):
     def leave(self, number: int) -> None:
         self.do("leave", number)
 
-    @rule(number=st.integers(0, 2), count=st.sampled_from([1, 3, 8]), cause=st.sampled_from([0, 1, 1, 2, 3, 4]), key=INDEX)
+    @rule(
+        number=st.integers(0, 2), count=st.sampled_from([1, 3, 8]), cause=st.sampled_from([0, 1, 1, 2, 3, 4]), key=INDEX
+    )
     def burst(self, number: int, count: int, cause: int, key: int) -> None:
         self.do("burst", number, count, cause, key)
 
@@ -163,7 +170,13 @@ def random_operation(rng: random.Random) -> tuple[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("seed", range(24))
 def test_long_random_traces(seed: int) -> None:
     rng = random.Random(seed)
-    setup = {"seed": seed, "policy": seed, "concurrency": 1 + seed % 3, "fail_closed": seed % 4 == 3, "probed": seed % 5 == 4}
+    setup = {
+        "seed": seed,
+        "policy": seed,
+        "concurrency": 1 + seed % 3,
+        "fail_closed": seed % 4 == 3,
+        "probed": seed % 5 == 4,
+    }
     trace = [random_operation(rng) for _ in range(1500)] + [("rest", ())]
     worlds = [World(**setup), World(**setup)]
     for world in worlds:
@@ -189,7 +202,8 @@ def test_the_traces_reach_everything() -> None:
         "Picked.reason=probe", "Picked.reason=panic", "Picked.reason=pinned", "Picked.reason=least connections",
         "Picked.reason=p2c", "Picked.reason=round robin", "Picked.reason=only candidate", "Dequeued.why=granted",
         "Dequeued.why=refused", "BreakerChanged.before=probing", "BreakerChanged.after=probing", "GivenUp", "Returned",
-        "Ejected.signal=failures", "QueueOverflow", "Retried", "RetryRefused.why=not safe to send twice", "PanicChanged",
+        "Ejected.signal=failures", "QueueOverflow", "Retried", "RetryRefused.why=not safe to send twice",
+        "PanicChanged",
     ):  # fmt: skip
         assert seen[wanted] >= 5, (wanted, seen[wanted])
 

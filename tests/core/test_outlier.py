@@ -25,7 +25,8 @@ from .test_eligibility import make
 NOW = 100.0
 CONFIG = Outlier(confirm=0.0)
 SERVICE: dict[str, Distribution] = {
-    "exponential": exponential(0.05), "lognormal": lognormal(0.05),
+    "exponential": exponential(0.05),
+    "lognormal": lognormal(0.05),
     "constant": constant(0.05),
 }
 
@@ -83,9 +84,7 @@ def test_each_signal_fires_with_few_endpoints(count: int) -> None:
 def test_the_worst_signal_is_named() -> None:
     everything = endpoint(0, *SLOW, failed=20, waits=(9.0,) * 3, last_head=NOW - 9)
     ((verdict),) = judge([everything, endpoint(1, *FAST)], NOW, CONFIG)
-    assert verdict == Verdict(
-        everything, "stall", "nothing for 9.00 s with 3 attempts overdue, most take 550 ms"
-    )
+    assert verdict == Verdict(everything, "stall", "nothing for 9.00 s with 3 attempts overdue, most take 550 ms")
 
 
 def test_the_figures_are_given() -> None:
@@ -335,7 +334,9 @@ def test_nobody_is_ejected_for_what_all_share(service: str, rate: float, trouble
 
 
 @pytest.mark.parametrize("service", SERVICE)
-@pytest.mark.parametrize(("count", "rate", "within"), [(2, 50, 1.1), (3, 50, 1.4), (5, 50, 2.6), (5, 400, 0.9), (7, 400, 0.9)])
+@pytest.mark.parametrize(
+    ("count", "rate", "within"), [(2, 50, 1.1), (3, 50, 1.4), (5, 50, 2.6), (5, 400, 0.9), (7, 400, 0.9)]
+)
 def test_a_hanging_endpoint_is_noticed_while_it_hangs(service: str, count: int, rate: float, within: float) -> None:
     """Its attempts are given up, paid for and answered elsewhere; nobody waits for the timeout."""
     sim = change(Simulation(count, rate, SERVICE[service], 2), hangs=True)
@@ -430,7 +431,9 @@ def test_ejections_of_one_that_stays_bad_grow_and_are_forgotten_by_one_that_mend
 
 
 def test_the_longest_ejection() -> None:
-    sim = change(Simulation(3, 200, SERVICE["constant"], 7, Settings(outlier=Outlier(eject_max=12.0, jitter=0.0))), factor=10.0)
+    sim = change(
+        Simulation(3, 200, SERVICE["constant"], 7, Settings(outlier=Outlier(eject_max=12.0, jitter=0.0))), factor=10.0
+    )
     sim.run(60.0)
     assert [event.seconds for event in sim.ejected][:3] == [10.0, 12.0, 12.0]
 

@@ -23,8 +23,8 @@ from .simulation import Simulation, exponential
 
 @pytest.mark.parametrize("policy", [LeastConnections, P2C, RoundRobin])
 def test_pitfall_01_fast_fail_black_hole(policy: type) -> None:
-    """1. Fast-fail black hole: latency or in-flight policies reward fast errors; a server failing 20x faster drew 99% of
-    traffic.
+    """1. Fast-fail black hole: latency or in-flight policies reward fast errors; a server failing 20x faster drew 99%
+    of traffic.
     """
     sim = Simulation(5, 400, exponential(0.05), 1, policy=policy())
     sim.keep_picks = True

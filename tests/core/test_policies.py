@@ -28,9 +28,7 @@ class Server:
 
 
 def fleet(loads: Sequence[tuple[int, float]]) -> list[Server]:
-    return [
-        Server(Endpoint(f"http://gw{index}"), in_flight, weight) for index, (in_flight, weight) in enumerate(loads)
-    ]
+    return [Server(Endpoint(f"http://gw{index}"), in_flight, weight) for index, (in_flight, weight) in enumerate(loads)]
 
 
 FLEETS = st.lists(st.tuples(st.integers(0, 9), st.sampled_from([0.1, 0.5, 1.0, 2.0, 5.0])), min_size=2, max_size=8)

@@ -121,7 +121,9 @@ def test_full_jitter_when_everybody_was_tried() -> None:
         assert run(situation=situation, config=config, jitter=0.0)[0] == Again(0.0)
 
 
-@pytest.mark.parametrize(("asked", "wait"), [(2.0, 2.0), (0.0, 0.0125), (-5.0, 0.0125), (math.nan, 0.0125), (None, 0.0125)])
+@pytest.mark.parametrize(
+    ("asked", "wait"), [(2.0, 2.0), (0.0, 0.0125), (-5.0, 0.0125), (math.nan, 0.0125), (None, 0.0125)]
+)
 def test_retry_after_is_a_minimum_when_everybody_was_tried(asked: float | None, wait: float) -> None:
     outcome = replace(BROKEN, retry_after=asked)
     assert run(outcome, replace(FIRST, untried=False))[0] == Again(wait)

@@ -20,7 +20,7 @@ from pathlb.core.breaker import TRANSITIONS
 from pathlb.core.cluster import Settings
 from pathlb.core.config import Breaker, Limits, Outlier, Panic, SlowStart
 from pathlb.core.endpoints import EndpointState, check_endpoints
-from pathlb.core.engine import TICK, Engine, Refusal
+from pathlb.core.engine import TICK, Engine
 from pathlb.core.errors import IllegalEvent
 from pathlb.core.lease import Lease, LeaseState, Want
 from pathlb.core.model import Cause, Outcome, Sent
@@ -439,7 +439,9 @@ class World:
         assert not any(state is lease.endpoint for state in lease.want.tried)
         assert member.health == "up"
         scopes = {None, lease.key}
-        assert sorted(member.breakers[scope] for scope in scopes if member.breakers[scope] != "closed")[-1:] == ["probing"]
+        assert sorted(member.breakers[scope] for scope in scopes if member.breakers[scope] != "closed")[-1:] == [
+            "probing"
+        ]
         assert all(member.breakers[scope] in ("closed", "half-open", "probing") for scope in scopes)
         assert lease.probing is not None
         probes = [

@@ -341,7 +341,7 @@ async def test_stale_keep_alive(stack: Stack, healthy: Fleet) -> None:
                 assert open_connections(client) == []
 
 
-async def test_stale_keep_alive_found_out_by_the_next_request(stack: Stack, healthy: Fleet) -> None:
+async def test_pitfall_11_stale_keep_alive(stack: Stack, healthy: Fleet) -> None:
     """FIN after the next request's first byte: a GET goes elsewhere, a POST is an error; nobody is to blame."""
     with FaultServer(lambda n: [ReadRequest(), Send(http_reply()), Read(1), Fin()]) as server:
         async with nothing_left():
