@@ -23,6 +23,7 @@ from .errors import (
     UpstreamError,
     UsageError,
 )
+from .upstream.transport import TransportUpstreams
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "Retry",
     "RoundRobin",
     "SlowStart",
+    "TransportUpstreams",
     "UpstreamError",
     "UsageError",
 ]

@@ -10,7 +10,7 @@ from .core.admission import Waiter
 from .core.engine import Engine, Grant, Refusal
 from .core.lease import Lease, Want
 from .core.model import Cause, Clock, Outcome
-from .errors import DeadlineExceeded, NoEligibleEndpoint, PathlbError, QueueFull, QueueTimeout, UsageError
+from .errors import DeadlineExceeded, NoEligibleEndpoint, QueueFull, QueueTimeout, UsageError
 from .exchange import Attempt
 
 CANCELLED = Outcome(Cause.CANCELLED, detail="cancelled by the caller")
@@ -72,9 +72,11 @@ class Admission:
             attempts,
         )
 
-    def _refused(self, refusal: Refusal, attempts: list[Attempt]) -> PathlbError:
+    def _refused(self, refusal: Refusal, attempts: list[Attempt]) -> Exception:
         if self.closed:
             return UsageError("this Balancer was closed while the request waited", attempts)
+        if refusal.error is not None:
+            return refusal.error
         if refusal.queue_full:
             return QueueFull(
                 f"the queue is full ({refusal.why}) and every eligible endpoint is at its limit; "

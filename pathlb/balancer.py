@@ -45,6 +45,8 @@ from .upstream.transport import TransportUpstreams
 
 logger = logging.getLogger("pathlb")
 
+_DRAIN_BYTES = 65_536  # of a discarded reply that are read to keep its connection; a longer one is closed
+_DRAIN_SECONDS = 0.1
 _IDEMPOTENT_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE", "QUERY"})
 
 
@@ -92,7 +94,9 @@ class Balancer:
             policy, breaker, outlier, panic, slow_start, retry, limits, deadline, health, idempotent, upstream
         )
         self._clock = clock
-        self._rng: Rng = rng if rng is not None else random.Random()
+        # The module's own generator is seeded afresh in every forked worker, one of ours would not be.
+        self._rng: Rng = rng if rng is not None else random
+        self._telemetry = telemetry
         settings = Settings(
             breaker=breaker,
             outlier=outlier,
@@ -100,7 +104,7 @@ class Balancer:
             slow_start=slow_start,
             limits=limits,
             retry=retry,
-            probed=health is not None,
+            probed=health is not None and health.wait,
             rise=health.rise if health else 1,
             fall=health.fall if health else 1,
         )
@@ -170,7 +174,7 @@ class Balancer:
         if runner is None:
             runner = self._runner = make_runner()
             self._pid = os.getpid()
-            if metrics_configured():
+            if self._telemetry and metrics_configured():
                 self.subscribe(Metrics())
             if self._prober is not None:
                 self._prober.start(runner, self._engine, self._upstreams)
@@ -185,6 +189,10 @@ class Balancer:
         return runner
 
     # --- operation
+
+    def base_path(self, url: str) -> bytes:
+        """The base path of an endpoint, for the adapters."""
+        return self._upstreams.base_path(url)
 
     @property
     def bases(self) -> dict[tuple[str, bytes], tuple[bytes, ...]]:
@@ -250,6 +258,7 @@ class Balancer:
             pin=request.pin,
             avoid=request.avoid,
             key=request.key,
+            deadline=deadline,
         )
         attempts: list[Attempt] = []
         unsent = 0
@@ -258,7 +267,9 @@ class Balancer:
             lease = await self._admission.lease(want, deadline, request.timeouts.pool, attempts)
             if not self._ticking:
                 self._start_ticking(runner)
-            reply, error, outcome = await self._attempter.make(runner, request, lease, deadline, len(attempts))
+            reply, error, outcome = await self._attempter.make(
+                runner, request, lease, deadline, len(attempts), last=self._is_last(len(attempts) - unsent)
+            )
             now = clock()
             endpoint = lease.endpoint
             attempts.append(
@@ -294,6 +305,12 @@ class Balancer:
                 slept += decision.wait
                 await anyio.sleep(decision.wait)
 
+    def _is_last(self, sent: int) -> bool:
+        """Whether no attempt will follow the one after `sent` that may have been sent; unknown counts as yes."""
+        if self._retry.retry is not None or self._retry.stop is not None:
+            return True
+        return sent + 1 >= self._engine.attempts_allowed
+
     def _may_send_twice(self, request: Request) -> bool:
         if request.idempotent is not None:
             return request.idempotent
@@ -324,6 +341,8 @@ class Balancer:
         """End an attempt whose reply, if there is one, nobody gets."""
         try:
             if reply is not None:
+                with anyio.move_on_after(_DRAIN_SECONDS, shield=True):
+                    await _drain(reply)
                 with anyio.CancelScope(shield=True):
                     await _close_quietly(reply.body)
         finally:
@@ -353,7 +372,10 @@ class Balancer:
             self.release(body.lease)
             assert self._runner is not None  # a tick comes from it
             self._runner.spawn(partial(_close_quietly, body.inner), finish=True)
-        self._engine.tick(self._clock())
+        try:
+            self._engine.tick(self._clock())
+        except Exception:  # a bug, or a policy's: without ticks nothing would ever time out again
+            logger.exception("a tick of the pathlb engine failed")
         self._ticking = self._engine.busy
         if not self._ticking:
             self._engine.pause()
@@ -375,6 +397,18 @@ class Balancer:
         upstream = self._upstreams.leave(url)
         if upstream is not None and self._runner is not None and not self._closed:
             self._runner.spawn(partial(_close_quietly, upstream), finish=True)
+
+
+async def _drain(reply: Reply) -> None:
+    """Read a short body nobody wants, so that its connection can be kept."""
+    length = next((value for name, value in reply.headers if name.lower() == b"content-length"), b"")
+    if not length.isdigit() or int(length) > _DRAIN_BYTES:
+        return
+    try:
+        async for _ in reply.body:
+            pass
+    except UpstreamError:
+        logger.debug("the body of a discarded reply broke off", exc_info=True)
 
 
 _NO_REQUEST = Request("", b"", [])

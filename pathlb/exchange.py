@@ -14,7 +14,7 @@ Headers = list[tuple[bytes, bytes]]
 class Timeouts(NamedTuple):
     """Seconds one attempt may spend on each step, as httpx means them; None is no limit.
 
-    `pool` is the wait in pathlb's queue, once per request.
+    `pool` is the wait in pathlb's queue.
     """
 
     connect: float | None = 0.5
@@ -94,6 +94,8 @@ class Reply:
     http_version: bytes = b"HTTP/1.1"
     reason: bytes = b""
     extensions: dict[str, Any] = field(default_factory=dict)
+    reused: bool = False
+    """It came on a connection that had carried a request before."""
     attempts: tuple[Attempt, ...] = ()
     """Every attempt made for this request, the one that brought this reply last."""
 

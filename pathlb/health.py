@@ -52,6 +52,14 @@ class Prober:
             self._changed.set()
 
     async def _run(self) -> None:
+        try:
+            await self._watch_all()
+        finally:  # closed: nobody need wait for a verdict any more
+            self.settled = True
+            if self._first_round is not None:
+                self._first_round.set()
+
+    async def _watch_all(self) -> None:
         async with anyio.create_task_group() as group:
             while True:
                 changed = self._changed = anyio.Event()

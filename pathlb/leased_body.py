@@ -32,7 +32,7 @@ class LeasedBody:
         self._done = False
 
     def __aiter__(self) -> AsyncIterator[bytes]:
-        # Not an async generator: one left half-way would be the event loop's to finish.
+        # Not an async generator, which would cost twice as much a reply.
         self._parts = aiter(self.inner)
         return self
 

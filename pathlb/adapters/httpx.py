@@ -131,7 +131,7 @@ class AsyncClient(httpx.AsyncClient):
         self._owns_balancer = not isinstance(endpoints, Balancer)
         if isinstance(endpoints, Balancer):
             for name in (*options, *changed):
-                raise ConfigError(name, "belongs to the Balancer; set it there")
+                raise ConfigError(name, "belongs to the Balancer; set it there (connections: upstream=)")
             self.balancer = endpoints
         else:
             if "upstream" in options:

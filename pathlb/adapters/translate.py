@@ -95,12 +95,13 @@ class Translator:
         """
         # A caller that named an endpoint's own URL names its base path too.
         own = self._balancer.bases.get((scheme, authority), (b"",))[0]
+        served = self._balancer.base_path(reply.attempts[-1].endpoint) if reply.attempts else b""
         return [
-            (name, self._relative(value, own) if name.lower() == b"location" else value)
+            (name, self._relative(value, own, served) if name.lower() == b"location" else value)
             for name, value in reply.headers
         ]
 
-    def _relative(self, location: bytes, own: bytes) -> bytes:
+    def _relative(self, location: bytes, own: bytes, served: bytes) -> bytes:
         known = self._balancer.bases
         try:
             parts = urlsplit(location.decode("ascii"))
@@ -112,7 +113,7 @@ class Translator:
         elif parts.scheme:
             return location
         else:
-            bases = tuple(base for several in known.values() for base in several if base)
+            bases = (served,) if served else ()  # relative to the endpoint that sent it
         path = (parts.path or "/").encode("ascii")
         for base in bases:
             if _is_below(path, base):

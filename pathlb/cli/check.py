@@ -6,7 +6,7 @@ import argparse
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from ..core.model import Endpoint
 from ..errors import Fault, UpstreamError
 from ..exchange import Reply, Request, Timeouts
 from ..upstream.base import UpstreamFactory
-from ..upstream.transport import TransportUpstreams
+from ..upstream.transport import TransportUpstreams, causes_of
 from . import number
 
 _HOSTNAME_MISMATCH = 62  # X509_V_ERR_HOSTNAME_MISMATCH
@@ -136,7 +136,7 @@ class _Progress:
 def diagnose(error: UpstreamError, endpoint: Endpoint, progress: _Progress, health: Health) -> str:
     """What is wrong and what to do, for a probe that brought no reply."""
     where = endpoint.uds or f"{endpoint.host}:{endpoint.port}"
-    for cause in _causes(error):
+    for cause in causes_of(error):
         if isinstance(cause, ssl.SSLError) and not isinstance(cause, _NO_VERDICT):
             return f"TLS: {_tls(cause, endpoint)}"
         if isinstance(cause, socket.gaierror):
@@ -206,18 +206,3 @@ def _wrong_status(reply: Reply, health: Health) -> str:
     if status >= 500:
         return f"{said}: the gateway is up and says it is not well; look at its log"
     return f"{said}, expected {' or '.join(str(one) for one in sorted(health.statuses))}: give its health --path"
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception, what caused it, and the members of groups, down to the operating system's own."""
-    pending: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while pending:
-        one = pending.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        yield one
-        pending += [one.__cause__, one.__context__]
-        if isinstance(one, BaseExceptionGroup):
-            pending += one.exceptions

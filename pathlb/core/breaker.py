@@ -65,6 +65,7 @@ class CircuitBreaker:
         "_half_open_since",
         "_on_change",
         "_open_epoch",
+        "_probe_lease",
         "_rng",
         "_successes",
         "closed_at",
@@ -94,6 +95,7 @@ class CircuitBreaker:
         self.reopens_at = math.inf
         """When the open time is over and a probe may be sent."""
         self.probe_deadline = math.inf
+        self._probe_lease = math.inf
 
     # --- picks
 
@@ -103,10 +105,13 @@ class CircuitBreaker:
             resendable or now - self._half_open_since >= self._config.probe_patience
         )
 
-    def start_probe(self, now: float) -> None:
-        """The pick that carries the epoch from here on is the probe."""
+    def start_probe(self, now: float, patience: float = math.inf) -> None:
+        """The pick that carries the epoch from here on is the probe. Its lease lasts `probe_timeout` seconds, or
+        `patience` if that is less.
+        """
         self._fire(now, BreakerEvent.PROBE_STARTED)
-        self.probe_deadline = now + self._config.probe_timeout
+        self._probe_lease = min(self._config.probe_timeout, patience)
+        self.probe_deadline = now + self._probe_lease
 
     # --- outcomes
 
@@ -146,7 +151,7 @@ class CircuitBreaker:
         if self.state is BreakerState.OPEN and now >= self.reopens_at:
             self._fire(now, BreakerEvent.ELAPSED)
         elif self.state is BreakerState.PROBING and now >= self.probe_deadline:
-            why = f"no answer from the probe in {self._config.probe_timeout:g} s"
+            why = f"no answer from the probe in {self._probe_lease:.3g} s"
             self._fire(now, BreakerEvent.PROBE_FAILED, why)
 
     def idle(self, now: float) -> bool:

@@ -134,6 +134,12 @@ class Cluster:
             self._invalidate()
             self._outbox.add(events.HealthChanged(now, url, before.value, state.health.state.value, why))
 
+    @property
+    def fastest(self) -> float:
+        """Seconds the fastest endpoint usually takes to a reply head; 0 before the first reply."""
+        known = [state.latency.seconds for state in self._set if state.latency.seconds is not None]
+        return min(known, default=0.0)
+
     def health_changing(self, url: str) -> bool:
         """Whether the last probe result contradicts the verdict, so that the next should come sooner."""
         state = self._set.get(url)
@@ -179,11 +185,20 @@ class Cluster:
             self._throttle(now, state, outcome.retry_after)
         elif SIGNALS[outcome.cause].outlier is Mark.FAILURE:
             state.counts.failed += 1
-            if not _is_scoped(outcome):
-                state.recent.add(Sample(running, True, None))
-                state.last_failed = now
+            self._note_failure(now, running, state, outcome)
         else:
             state.counts.ignored += 1
+
+    def body_failed(self, now: float, running: float, state: EndpointState, outcome: Outcome) -> None:
+        """The body of a reply broke off whose head was counted already."""
+        state.counts.broken += 1
+        if SIGNALS[outcome.cause].outlier is Mark.FAILURE:
+            self._note_failure(now, running, state, outcome)
+
+    def _note_failure(self, now: float, running: float, state: EndpointState, outcome: Outcome) -> None:
+        if not _is_scoped(outcome):
+            state.recent.add(Sample(running, True, None))
+            state.last_failed = now
 
     def inform_breakers(self, now: float, lease: Lease, outcome: Outcome) -> None:
         """Let the breakers of the endpoint and of the keys concerned count it, and end the probe the lease may be."""

@@ -36,6 +36,8 @@ class Counts:
     overloaded: int = 0
     ignored: int = 0
     """Cancelled, given up, local faults."""
+    broken: int = 0
+    """Bodies that broke off, after their heads were counted above."""
     released: int = 0
     ejections: int = 0
     breaker_opens: int = 0

@@ -23,7 +23,7 @@ from .lease import Lease, LeaseState, Want
 from .model import SIGNALS, Endpoint, Outcome, Rng
 from .picker import Choice, NoneEligible, Picker
 from .policy import Policy
-from .retry import Again, Decision, Situation, Strategy, decide
+from .retry import Again, Decision, Situation, Strategy, allowed_attempts, decide
 from .snapshot import Snapshot, describe
 from .stall import StallMeter
 
@@ -37,10 +37,13 @@ _PICKED, _OBSERVED, _RELEASED = LeaseState.PICKED, LeaseState.OBSERVED, LeaseSta
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """No lease, and none to wait for. `queue_full` tells the two reasons apart; `why` is for people."""
+    """No lease, and none to wait for. `queue_full` tells the two reasons apart; `why` is for people; `error` is what a
+    policy of the caller's raised.
+    """
 
     why: str
     queue_full: bool = False
+    error: Exception | None = None
 
 
 Grant: TypeAlias = Lease | Refusal
@@ -149,8 +152,10 @@ class Engine:
         """The body of a reply broke off after its head was observed: the endpoint's failure all the same."""
         if lease.state is not _OBSERVED:
             raise IllegalEvent(f"lease: body failed while {lease.state.value}")
-        self._cluster.failed(now, now - self._stall.read(now), lease, outcome)
+        state = lease.endpoint
+        self._cluster.body_failed(now, now - self._stall.read(now), state, outcome)
         self._cluster.inform_breakers(now, lease, outcome)
+        self._outbox.add(events.BodyFailed(now, state.url, outcome))
         self._settle(now)
 
     def release(self, now: float, lease: Lease) -> bool:
@@ -186,17 +191,17 @@ class Engine:
         """What follows an attempt that did not simply succeed. `deadline` is a clock reading."""
         want = lease.want
         pool, _ = self._picker.eligible(self._cluster.view(want.key), want)
-        known = [one.latency.seconds for one in self._cluster.members() if one.latency.seconds is not None]
         situation = Situation(
             attempts=attempts,
             unsent=unsent,
             resendable=want.resendable,
             replayable=replayable,
             paid=lease.given_up,
+            eligible=bool(pool),
             untried=any(state not in want.tried for state in pool),
             endpoints=len(self._cluster),
             remaining=deadline - now,
-            fastest=min(known, default=0.0),
+            fastest=self._cluster.fastest,
         )
         withdraw = partial(self._budget.withdraw, now)
         decision = decide(outcome, situation, self._settings.retry, withdraw, self._rng, strategy)
@@ -233,6 +238,11 @@ class Engine:
     def busy(self) -> bool:
         """Whether ticks are needed."""
         return self._queue.depth > 0 or any(state.in_flight for state in self._cluster.everyone())
+
+    @property
+    def attempts_allowed(self) -> int:
+        """How many attempts of one request may reach an endpoint, without strategies of the caller."""
+        return allowed_attempts(self._settings.retry, len(self._cluster))
 
     @property
     def members(self) -> list[EndpointState]:
@@ -299,7 +309,8 @@ class Engine:
     def _lease_choice(self, now: float, want: Want, choice: Choice) -> Lease:
         """A pick that was not the plain one: it may be a probe, or in panic, or for a key."""
         if choice.probing is not None:
-            choice.probing.start_probe(now)
+            # Half of what the request has left, so that a probe that hangs can still be sent elsewhere in time.
+            choice.probing.start_probe(now, (want.deadline - now) / 2)
         lease = self._lease(now, want, choice.endpoint, choice.reason, choice.candidates)
         lease.probing = choice.probing
         lease.panic = choice.panic
@@ -329,7 +340,11 @@ class Engine:
             view = self._cluster.view(want.key)
             if want.plain and any(view is one for one in full):
                 continue
-            grant = self._pick(now, want)
+            grant: Grant | None
+            try:
+                grant = self._pick(now, want)
+            except Exception as exc:  # the policy's: it belongs to the request it was asked for, not to who is here
+                grant = Refusal("the policy failed", error=exc)
             if grant is not None:
                 why = "granted" if isinstance(grant, Lease) else "refused"
                 queue.serve(waiter, grant)
@@ -362,6 +377,8 @@ class Engine:
         for lease in list(state.waiting):
             want = lease.want
             if lease.give_up is None or not want.resendable or (key is not None and lease.key != key):
+                continue
+            if now + self._cluster.fastest >= want.deadline:
                 continue
             view = self._cluster.view(want.key)
             pool, panic = self._picker.eligible(view, want)

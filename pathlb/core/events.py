@@ -35,6 +35,15 @@ class Observed:
 
 
 @dataclass(frozen=True, slots=True)
+class BodyFailed:
+    """The body of a reply broke off, after its head was `Observed`."""
+
+    at: float
+    endpoint: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
 class Released:
     """A reply body was closed (or the attempt failed): it no longer counts as in flight."""
 
@@ -166,6 +175,7 @@ class EndpointsChanged:
 Event: TypeAlias = (
     Picked
     | Observed
+    | BodyFailed
     | Released
     | Retried
     | RetryRefused

@@ -10,6 +10,7 @@ since. Anything else raises `IllegalEvent`.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ _PICKED = LeaseState.PICKED
 class Want:
     """What one request asks of a pick. One object serves all its attempts."""
 
-    __slots__ = ("avoid", "key", "pin", "plain", "resendable", "tried")
+    __slots__ = ("avoid", "deadline", "key", "pin", "plain", "resendable", "tried")
 
     def __init__(
         self,
@@ -39,12 +40,15 @@ class Want:
         pin: str | None = None,
         avoid: frozenset[str] = frozenset(),
         key: str | None = None,
+        deadline: float = math.inf,
     ) -> None:
         self.resendable = resendable
         """May be sent twice: it can serve as a probe, and be given up when it hangs."""
         self.pin = pin
         self.avoid = avoid
         self.key = key
+        self.deadline = deadline
+        """Clock reading by which a reply head must be there."""
         self.tried: list[EndpointState] = []
         """Endpoints of earlier attempts."""
         self.plain = pin is None and not avoid

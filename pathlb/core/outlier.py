@@ -66,6 +66,7 @@ class Summary(NamedTuple):
 
 
 _SPANS = (0.5, 1.0, 2.0, 4.0)  # seconds over which latencies are compared; the shortest sees a change first
+_SIGNALS = ("stall", "failures", "latency")
 _ENOUGH = 5  # latencies it takes to compare
 _WAITS_READ = 64  # attempts looked at an endpoint: enough for any verdict, and bounds the cost of a pile-up
 _USUAL_SAMPLES = 10  # replies it takes to speak of a usual latency
@@ -89,7 +90,10 @@ def gather(state: EndpointState, now: float, config: Outlier) -> Evidence:
 
 
 def judge(states: Iterable[EndpointState], now: float, config: Outlier) -> list[Verdict]:
-    """The endpoints that stand out now. `states` are those not already out. The cost is linear in their number."""
+    """The endpoints that stand out now, the surest signal first. `states` are those not already out.
+
+    The cost is linear in their number.
+    """
     evidence = [gather(state, now, config) for state in states]
     if len(evidence) < 2:
         return []
@@ -107,11 +111,12 @@ def judge(states: Iterable[EndpointState], now: float, config: Outlier) -> list[
     verdicts: list[Verdict] = []
     for one, stall, lag in zip(evidence, stalls, lags, strict=True):
         fails = _fails(one, failed - one.failed, total - one.total, config)
-        for signal, why in (("stall", stall), ("failures", fails), ("latency", lag)):
+        for signal, why in zip(_SIGNALS, (stall, fails, lag), strict=True):
             if why:
                 verdicts.append(Verdict(one.endpoint, signal, why))
                 break
-    return verdicts
+    # Not all of them may go: one that does not answer at all before one that is slow.
+    return sorted(verdicts, key=lambda verdict: _SIGNALS.index(verdict.signal))
 
 
 def _stalls(evidence: list[Evidence], bulk: float, now: float, config: Outlier) -> list[str]:

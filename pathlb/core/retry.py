@@ -55,6 +55,8 @@ class Situation:
     """The body can be sent again."""
     paid: bool
     """The balancer gave the attempt up and has charged the budget already."""
+    eligible: bool
+    """There is an endpoint to go to, tried or not."""
     untried: bool
     """An eligible endpoint was not tried yet."""
     endpoints: int
@@ -85,6 +87,8 @@ def decide(
         return Final("not safe to send twice")
     if not situation.replayable:
         return Final("its body is a stream and cannot be sent again")
+    if not situation.eligible:
+        return Final("no endpoint is eligible")
     stopped = strategy.stops() if strategy else None
     if _spent(situation, config) if stopped is None else stopped:
         return Final("no attempts are left")
@@ -99,8 +103,13 @@ def decide(
     return Again(wait)
 
 
+def allowed_attempts(config: Retry, endpoints: int) -> int:
+    """How many attempts may reach an endpoint: what is set, else one for each of them and at least 3."""
+    return config.attempts or max(3, endpoints)
+
+
 def _spent(situation: Situation, config: Retry) -> bool:
-    allowed = config.attempts or max(3, situation.endpoints)
+    allowed = allowed_attempts(config, situation.endpoints)
     # Attempts that reached nobody are free, but each endpoint refuses only once: no endless circle in a full outage.
     return situation.attempts - situation.unsent >= allowed or situation.attempts >= allowed + situation.endpoints
 

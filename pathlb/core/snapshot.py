@@ -42,7 +42,7 @@ class EndpointSnapshot:
     ejected_for: float | None
     """Seconds until an ejected endpoint returns; None when it is in."""
     counts: Mapping[str, int]
-    """Since it joined: picks, ok, failed, overloaded, ignored, released, ejections, breaker_opens."""
+    """Since it joined: picks, ok, failed, overloaded, ignored, broken (bodies), released, ejections, breaker_opens."""
     metadata: Mapping[str, Any]
     upstream: str = ""
     """What moves the bytes: `httpx`, `httpx2`, ..."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..core.model import Endpoint
 from ..exchange import Headers, Reply, Request
@@ -30,6 +30,9 @@ class Upstream(Protocol):
 
 
 class UpstreamFactory(Protocol):
-    """Makes the upstream of an endpoint, once, when the endpoint joins."""
+    """Makes the upstream of an endpoint, once, when the endpoint joins.
 
-    def __call__(self, endpoint: Endpoint, /) -> Upstream: ...
+    An httpx or httpx2 async transport will do too; give it no connection limit, or its pool is a hidden queue.
+    """
+
+    def __call__(self, endpoint: Endpoint, /) -> Any: ...

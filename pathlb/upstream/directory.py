@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from ..core.errors import ConfigError
 from ..core.model import Endpoint
 from .base import Upstream, UpstreamFactory
+from .transport import as_upstream
 
 
 class UpstreamDirectory(dict[str, Upstream]):
@@ -25,12 +26,20 @@ class UpstreamDirectory(dict[str, Upstream]):
         for url, endpoint in wanted.items():
             if url in self and self._endpoints[url].server_hostname != endpoint.server_hostname:
                 raise ConfigError("Endpoint.server_hostname", f"of {url} cannot change while it is in use")
-        self.update({url: self._factory(endpoint) for url, endpoint in wanted.items() if url not in self})
+        self.update(
+            {url: as_upstream(self._factory(endpoint), endpoint) for url, endpoint in wanted.items() if url not in self}
+        )
         self._endpoints.update(wanted)
         bases: dict[tuple[str, bytes], list[bytes]] = {}
         for endpoint in wanted.values():
+            if endpoint.uds is not None:
+                continue  # its authority, localhost, is no address of its own
             bases.setdefault((endpoint.scheme, endpoint.authority), []).append(endpoint.base_path)
         self.bases = {origin: tuple(sorted(paths, key=len, reverse=True)) for origin, paths in bases.items()}
+
+    def base_path(self, url: str) -> bytes:
+        """The base path of an endpoint; empty for one that is gone."""
+        return self._endpoints[url].base_path if url in self._endpoints else b""
 
     def leave(self, url: str) -> Upstream | None:
         """The endpoint is gone for good: its upstream, if there is one, to be closed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import importlib.util
 import os
 import re
@@ -83,6 +84,7 @@ class TransportUpstream:
             http_version=response.extensions.get("http_version", b"HTTP/1.1"),
             reason=response.extensions.get("reason_phrase", b""),
             extensions=response.extensions,
+            reused=self._stock and not watch.connecting,
         )
 
     async def aclose(self) -> None:
@@ -110,7 +112,7 @@ class TransportUpstream:
     def _failure(self, exc: Exception, watch: _Watch | None) -> UpstreamError:
         fault = next((_FAULTS[cls.__name__] for cls in type(exc).__mro__ if cls.__name__ in _FAULTS), Fault.TRANSPORT)
         known = self._stock and watch is not None
-        causes = list(_causes(exc))
+        causes = list(causes_of(exc))
         # The library says "All connection attempts failed"; the operating system says why.
         reasons = [_reason(cause) for cause in causes if isinstance(cause, OSError) and cause.strerror]
         detail = _QUOTED.sub("...", str(exc)) or type(exc).__name__
@@ -119,7 +121,7 @@ class TransportUpstream:
             Sent.NOT_SENT if known and watch is not None and not watch.writing else Sent.MAYBE_SENT,
             self._endpoint.url,
             f"{detail} ({reasons[-1]})" if reasons and reasons[-1] not in detail else detail,
-            local=any(isinstance(cause, OSError) and cause.errno in _OUT_OF_RESOURCES for cause in causes),
+            local=_is_local(causes),
             reused=known and watch is not None and not watch.connecting,
         )
 
@@ -237,8 +239,19 @@ def _reason(error: OSError) -> str:
     return said if reason in said else f"{said}: {reason}"
 
 
-def _causes(exc: BaseException) -> Iterator[BaseException]:
-    """The exception, what caused it, and the members of groups, down to the operating system's own."""
+def _is_local(causes: list[BaseException]) -> bool:
+    """Whether all that the operating system refused was for lack of descriptors, ports or memory here. One address of
+    a name that cannot be used from here does not excuse the others.
+    """
+    numbers = [cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno is not None]
+    return bool(numbers) and all(number in _OUT_OF_RESOURCES for number in numbers)
+
+
+def causes_of(exc: BaseException) -> Iterator[BaseException]:
+    """The exception, what it came from, and the members of groups, down to the operating system's own errors.
+
+    Not beyond those: what they came from in turn is whatever the caller was handling at the time.
+    """
     pending: list[BaseException | None] = [exc]
     seen: set[int] = set()
     while pending:
@@ -247,9 +260,21 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(one))
         yield one
-        pending += [one.__cause__, one.__context__]
         if isinstance(one, BaseExceptionGroup):
             pending += one.exceptions
+        elif not isinstance(one, OSError) or one.errno is None:
+            pending.append(one.__cause__ or one.__context__)
+
+
+def as_upstream(made: Any, endpoint: Endpoint) -> Any:
+    """What an upstream factory made, as an upstream: httpx's and httpx2's transports are wrapped."""
+    if hasattr(made, "handle_async_request"):
+        # httpx2 need not be installed; an object of its classes means that it is.
+        stack = httpx if isinstance(made, httpx.AsyncBaseTransport) else importlib.import_module("httpx2")
+        return TransportUpstream(made, endpoint, stack=stack)
+    if not hasattr(made, "send") or not hasattr(made, "kind"):
+        raise ConfigError("upstream", f"must make an Upstream or an async transport, not {type(made).__name__}")
+    return made
 
 
 class TransportUpstreams:

@@ -22,6 +22,7 @@ FIRST = Situation(
     resendable=True,
     replayable=True,
     paid=False,
+    eligible=True,
     untried=True,
     endpoints=3,
     remaining=30.0,
@@ -179,6 +180,7 @@ SITUATIONS = st.integers(1, 12).flatmap(
         resendable=st.booleans(),
         replayable=st.booleans(),
         paid=st.booleans(),
+        eligible=st.just(True),
         untried=st.booleans(),
         endpoints=st.integers(1, 7),
         remaining=st.floats(-1, 40),
@@ -223,3 +225,10 @@ def test_what_no_strategy_can_change(
     else:
         assert not charged
     assert len(asked) <= 1
+
+
+def test_no_retry_without_an_endpoint_to_go_to() -> None:
+    """The reply there is stands, rather than being thrown away for an error."""
+    decision, charged = run(BROKEN, replace(FIRST, eligible=False, untried=False))
+    assert decision == Final("no endpoint is eligible")
+    assert not charged

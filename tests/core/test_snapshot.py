@@ -47,7 +47,7 @@ def test_counts_load_and_breakers() -> None:
     rig.lease(1.0, pin="http://gw0")
     first, second = of(rig, 1.0, 0), of(rig, 1.0, 1)
     assert first.counts == {
-        "picks": 4, "ok": 1, "failed": 0, "overloaded": 1, "ignored": 1, "released": 3, "ejections": 0,
+        "picks": 4, "ok": 1, "failed": 0, "overloaded": 1, "ignored": 1, "broken": 0, "released": 3, "ejections": 0,
         "breaker_opens": 0,
     }  # fmt: skip
     assert (first.in_flight, first.latency, first.metadata) == (1, 0.25, {"zone": "a"})

@@ -457,8 +457,9 @@ class World:
         for state in [*self.engine.members, *self.states.values()]:
             counts = state.counts
             assert state.in_flight == counts.picks - counts.released >= 0
-            ended = counts.ok + counts.failed + counts.overloaded + counts.ignored - self.bodies[id(state)]
+            ended = counts.ok + counts.failed + counts.overloaded + counts.ignored
             assert counts.picks == len(state.waiting) + ended
+            assert counts.broken == self.bodies[id(state)]
         for state in self.engine.members:
             assert state.in_flight == self.members[state.url].in_flight
         assert len(self.waiting) <= self.settings.limits.queue

@@ -163,7 +163,7 @@ async def test_attempt_that_ends_twice(anyio_backend: str) -> None:
     done: list[str] = []
     scope = runner.scope(0)
     with anyio.fail_after(PATIENCE):
-        async with scope:
+        with scope:
             if anyio_backend == "asyncio":
 
                 def cancel() -> None:

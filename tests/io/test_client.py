@@ -317,7 +317,7 @@ async def test_a_reply_that_breaks_off_is_the_librarys_error_with_the_attempts(s
     assert [attempt.endpoint for attempt in caught.value.attempts] == [server.url]
     assert caught.value.request.url.path == "/"
     assert snapshot.in_flight == 0
-    assert snapshot.endpoints[0].counts["failed"] == 1, "the endpoint's failure all the same"
+    assert snapshot.endpoints[0].counts["broken"] == 1, "the endpoint's failure all the same"
 
 
 async def test_trace_extension_reaches_the_transport(stack: Stack, fleet: Fleet) -> None:

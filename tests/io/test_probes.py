@@ -79,12 +79,12 @@ async def test_without_async_with_the_first_requests_wait_too(stack: Stack) -> N
     assert (good.requests, bad.requests) == (5, 0)
 
 
-async def test_not_waiting_starts_in_panic(stack: Stack) -> None:
+async def test_not_waiting_starts_with_all_up(stack: Stack) -> None:
     hanging = Patient(None)
     async with scripted(hanging.upstream, health=Health("/health", timeout=60, wait=False)) as balancer:
         async with stack.pathlb.AsyncClient(balancer) as client:
             response = await client.get("/")
-    assert response.extensions["pathlb"]["attempts"][0].reason == "panic"
+    assert response.extensions["pathlb"]["attempts"][0].reason == "only candidate"
     assert hanging.requests == 1
 
 
