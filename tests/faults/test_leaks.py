@@ -192,10 +192,10 @@ async def test_in_memory(anyio_backend: str, requests: int) -> None:
 
 
 async def test_on_sockets(stack: Stack) -> None:
-    """The same over a fleet whose gateways fail, reset and refuse in turn; the connections are counted too."""
+    """The same over a fleet whose gateways fail, reset, throttle and hang in turn; the connections are counted too."""
     requests = 1_500
     rng = random.Random(2)
-    modes = [Mode.OK, Mode.OK, Mode.FAIL, Mode.RESET, Mode.REFUSE, Mode.THROTTLE, Mode.HANG]
+    modes = [Mode.OK, Mode.OK, Mode.FAIL, Mode.RESET, Mode.THROTTLE, Mode.HANG]
     ends: Counter[str] = Counter()
     with Fleet(4, service_time=ServiceTime.exponential(0.002)) as fleet:
         urls = fleet.urls
