@@ -24,7 +24,7 @@ demo: $(READY)
 	$(BIN)/pathlb demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest -n auto -m "not soak"
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -33,7 +33,7 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 coverage: $(READY)
-	$(BIN)/python -m pytest -m "not soak" --cov --cov-report=
+	$(BIN)/python -m pytest -n auto -m "not soak" --cov --cov-report=
 	$(BIN)/coverage report --include='pathlb/core/*' --fail-under=100
 	$(BIN)/coverage report --omit='pathlb/core/*' --fail-under=95
 
