@@ -31,6 +31,7 @@ TICK = 0.05
 """Seconds between the ticks the shell gives while requests are in flight or queued."""
 
 _STALL_TOLERANCE = 0.1  # seconds a tick may be late before the lateness counts as a stall of this process
+_PROBE_PATIENCE = 4  # times its usual latency a probe is waited for at least, however short its deadline
 
 _PICKED, _OBSERVED, _RELEASED = LeaseState.PICKED, LeaseState.OBSERVED, LeaseState.RELEASED
 
@@ -309,8 +310,10 @@ class Engine:
     def _lease_choice(self, now: float, want: Want, choice: Choice) -> Lease:
         """A pick that was not the plain one: it may be a probe, or in panic, or for a key."""
         if choice.probing is not None:
-            # Half of what the request has left, so that a probe that hangs can still be sent elsewhere in time.
-            choice.probing.start_probe(now, (want.deadline - now) / 2)
+            # Half of what the request has left, so that a probe that hangs can still be sent elsewhere in time; but no
+            # less than the endpoint needs, or it would not come back as long as all deadlines are short.
+            usual = choice.endpoint.latency.seconds or self._cluster.fastest
+            choice.probing.start_probe(now, max((want.deadline - now) / 2, _PROBE_PATIENCE * usual))
         lease = self._lease(now, want, choice.endpoint, choice.reason, choice.candidates)
         lease.probing = choice.probing
         lease.panic = choice.panic

@@ -121,7 +121,10 @@ def test_a_broken_body_is_the_endpoints_failure() -> None:
     rig.engine.observe(1.1, lease, OK)
     rig.engine.fail_body(5.0, lease, BROKEN)
     state = rig.state(0)
-    assert (state.counts.ok, state.counts.failed, state.breaker.state) == (1, 1, S.OPEN)
+    assert (state.counts.ok, state.counts.broken, state.breaker.state) == (1, 1, S.OPEN)
+    assert state.last_failed == 5.0
+    assert [sample.failed for sample in state.recent.since(0.0)] == [False, True]
+    assert rig.seen(events.BodyFailed) == [events.BodyFailed(5.0, "http://gw0", BROKEN)]
     rig.engine.release(5.0, lease)
     assert state.in_flight == 0
 
@@ -850,3 +853,91 @@ def test_local_faults_cost_no_health() -> None:
         rig.request(0.0, LOCAL)
     assert standing(rig.state(0)) is Standing.READY
     assert rig.state(0).recent.since(0.0) == []
+
+
+# --- deadlines, bodies, policies of the caller
+
+
+def test_a_body_that_broke_off_for_no_fault_of_the_endpoint() -> None:
+    for outcome in (LOCAL, CANCELLED, FAULT):
+        rig = Rig(1)
+        lease = rig.lease(1.0)
+        rig.engine.observe(1.1, lease, OK)
+        rig.engine.fail_body(5.0, lease, outcome)
+        state = rig.state(0)
+        assert (state.counts.broken, state.last_failed) == (1, -math.inf)
+        assert not any(sample.failed for sample in state.recent.since(0.0))
+
+
+def test_the_probe_leaves_its_request_time_to_go_elsewhere() -> None:
+    rig = Rig(2, Settings(breaker=Breaker(failures=1, probe_timeout=10.0)))
+    rig.fail(0, 0.0, 1)
+    rig.tick(0.0, 1.0)
+    probe = rig.lease(1.0, resendable=True, deadline=5.0)
+    calls, probe.give_up = recorder()
+    assert probe.reason == "probe"
+    rig.tick(1.0, 2.9)
+    assert (rig.state(0).breaker.state, calls) == (S.PROBING, [])
+    rig.tick(2.9, 3.1)
+    assert (rig.state(0).breaker.state, calls) == (S.OPEN, [1])
+    assert rig.seen(events.BreakerChanged)[-1].why == "no answer from the probe in 2 s"
+
+
+@pytest.mark.parametrize("known_of", ["http://gw0", "http://gw1"])
+def test_short_deadlines_do_not_keep_a_healthy_endpoint_out(known_of: str) -> None:
+    """It answers in 0.3 s and every request has 0.5 s: half of that would fail every probe."""
+    rig = Rig(2, Settings(breaker=Breaker(failures=1)))
+    rig.request(0.0, OK, seconds=0.3, pin=known_of)
+    rig.fail(0, 1.0, 1)
+    rig.tick(1.0, 2.0)
+    probe = rig.lease(2.0, resendable=True, deadline=2.5)
+    assert probe.reason == "probe"
+    rig.tick(2.0, 2.3)
+    rig.finish(2.3, probe)
+    assert rig.state(0).breaker.state is S.CLOSED
+
+
+def test_nothing_is_given_up_that_could_not_be_answered_in_time() -> None:
+    rig = Rig(2)
+    rig.request(0.0, OK, seconds=0.2, pin="http://gw1")
+    late, soon = hang(rig, 0, 1, deadline=1.1), hang(rig, 0, 1, deadline=1.3)
+    rig.fail(0, 1.0, 5)
+    assert (late[0][1], soon[0][1]) == ([], [1])
+
+
+class BrokenPolicy(LeastConnections):
+    broken = False
+
+    def pick(self, candidates: Any, rng: Any, /) -> Any:
+        if self.broken:
+            raise RuntimeError("policy")
+        return super().pick(candidates, rng)
+
+
+def test_a_policy_that_raises_fails_the_request_it_was_asked_for() -> None:
+    """Not the one whose release made room."""
+    policy = BrokenPolicy()
+    rig = Rig(3, tight(), policy)
+    busy = [rig.lease(0.0) for _ in range(3)]
+    waiter = wait(rig)
+    rig.engine.observe(0.5, busy[0], OK)
+    policy.broken = True
+    rig.engine.release(1.0, busy[0])
+    assert isinstance(waiter.grant, Refusal)
+    assert isinstance(waiter.grant.error, RuntimeError)
+    assert rig.seen(events.Dequeued)[-1].why == "refused"
+    with pytest.raises(RuntimeError, match="policy"):
+        rig.engine.acquire(1.0, Want(), unset)
+    for lease in busy[1:]:
+        rig.finish(2.0, lease)
+    assert [state.in_flight for state in rig.engine.members] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("configured", "endpoints", "allowed"), [(None, 2, 3), (None, 5, 5), (2, 5, 2)])
+def test_attempts_allowed(configured: int | None, endpoints: int, allowed: int) -> None:
+    assert Rig(endpoints, Settings(retry=Retry(attempts=configured))).engine.attempts_allowed == allowed
+
+
+def test_no_attempt_where_nobody_is_eligible() -> None:
+    rig = Rig(1, Settings(panic=Panic(fail_closed=True), breaker=Breaker(failures=1)))
+    assert ask(rig, 1.0, BROKEN)[0] == Final("no endpoint is eligible")

@@ -87,6 +87,17 @@ def test_the_worst_signal_is_named() -> None:
     assert verdict == Verdict(everything, "stall", "nothing for 9.00 s with 3 attempts overdue, most take 550 ms")
 
 
+def test_what_does_not_answer_goes_before_what_is_slow() -> None:
+    """Not all of them may be allowed to go."""
+    slow, failing = endpoint(0, *SLOW), endpoint(1, *FAST[:10], failed=30)
+    hanging, good = endpoint(2, waits=(4.0,) * 3, last_head=NOW - 9), [endpoint(n, *FAST * 2) for n in (3, 4, 5)]
+    assert verdicts(slow, failing, hanging, *good) == [
+        ("http://gw2", "stall"),
+        ("http://gw1", "failures"),
+        ("http://gw0", "latency"),
+    ]
+
+
 def test_the_figures_are_given() -> None:
     (failing,) = judge([endpoint(0, *FAST[:10], failed=20), endpoint(1, *FAST)], NOW, CONFIG)
     assert failing.why == "20 of 30 failed, of the peers' 0 of 21"

@@ -180,7 +180,7 @@ SITUATIONS = st.integers(1, 12).flatmap(
         resendable=st.booleans(),
         replayable=st.booleans(),
         paid=st.booleans(),
-        eligible=st.just(True),
+        eligible=st.booleans(),
         untried=st.booleans(),
         endpoints=st.integers(1, 7),
         remaining=st.floats(-1, 40),
@@ -212,6 +212,7 @@ def test_what_no_strategy_can_change(
     charged = bool(asked) and funds
     if isinstance(decision, Again):
         assert situation.replayable
+        assert situation.eligible
         assert situation.resendable or not maybe_sent
         assert outcome.cause is not Cause.CANCELLED
         assert 0 <= decision.wait < situation.remaining

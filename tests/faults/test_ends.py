@@ -214,3 +214,23 @@ async def test_given_up_at_the_deadline(anyio_backend: str) -> None:
             response = await client.send(client.build_request("GET", "/"), stream=True)
             del response
             await at_rest(client.balancer)  # the heartbeat collects what is dropped
+
+
+async def test_attempt_that_was_cut_cleans_up(anyio_backend: str) -> None:
+    """It is struck once: what it awaits on its way out is left alone, and the task may go on afterwards."""
+    runner = make_runner()
+    cleaned = False
+    scope = runner.scope(0)
+    with anyio.fail_after(PATIENCE):
+        with scope:
+            try:
+                await anyio.sleep(PATIENCE)
+            finally:
+                with anyio.CancelScope(shield=True):
+                    for _ in range(5):
+                        await anyio.sleep(0.005)
+                cleaned = True
+        assert scope.cut
+        assert cleaned
+        await anyio.sleep(0.005)
+    await runner.aclose()
