@@ -21,9 +21,7 @@ from ..errors import Fault, UpstreamError
 from ..exchange import Headers, OneShotBody, Reply, Request
 
 _FAULTS = {fault.value: fault for fault in Fault}
-_OUT_OF_RESOURCES = frozenset(
-    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL, errno.EAGAIN}
-)
+_OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL})
 
 
 # Parsers quote the bytes they choke on, which may be a credential ("Illegal header value b'Bearer ...'").

@@ -479,3 +479,17 @@ def test_controlled_from_several_threads_at_once(client: httpx.Client, processes
         for thread in threads:
             thread.join()
         assert client.get(fleet[0].url).status_code == 200
+
+
+def test_a_caller_that_leaves_is_counted_out_once() -> None:
+    with Fleet(1, service_time=ServiceTime.constant(0.05)) as fleet:
+        gateway = fleet[0]
+        with socket.create_connection(("127.0.0.1", gateway.port)) as caller:
+            caller.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            while not gateway.stats().requests:
+                pass
+        # The next answer comes after the time of the one that was left behind.
+        with socket.create_connection(("127.0.0.1", gateway.port)) as caller:
+            caller.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert caller.recv(65536).startswith(b"HTTP/1.1 200")
+        assert gateway.stats().in_flight == 0

@@ -249,7 +249,8 @@ class Gateway:
         # Before the answer: it may bring the connection's next request, which must not jump the queue.
         while self._waiting and self._has_worker():
             self._serve(self._waiting.popleft())
-        if exchange is exchange.connection.active:
+        # A connection that is gone has had its request taken out of the count already.
+        if exchange is exchange.connection.active and not exchange.connection.gone:
             self._answer(exchange, 200)
 
     def _forget_all(self) -> None:
