@@ -182,10 +182,10 @@ def _lags(evidence: list[Evidence], usual: float, now: float, config: Outlier) -
         if len(ranked) < 2:
             continue
         common = sum(summaries[index].deviation for _, index in ranked) / freedom
-        for rank, (mean, index) in enumerate(ranked):
+        middle = (len(ranked) - 2) // 2  # the lower median of the others, for all who are slower than it
+        peer = summaries[ranked[middle][1]]
+        for mean, index in ranked[middle + 1 :]:
             own = summaries[index]
-            middle = (len(ranked) - 2) // 2  # the lower median of the others
-            peer = summaries[ranked[middle if middle < rank else middle + 1][1]]
             spread = math.sqrt(max(common, own.deviation / (own.size - 1), _LEAST_SPREAD**2))
             error = spread * math.sqrt(1 / own.size + 1 / peer.size)
             typical, peers = math.exp(mean), math.exp(peer.mean)

@@ -86,10 +86,9 @@ def test_what_says_nothing_breaks_no_row() -> None:
 
 def test_a_low_success_rate_opens_it_from_the_minimum_volume_on() -> None:
     breaker, changes = make(failures=100, min_requests=20, success_rate=0.8)
-    for number in range(16):
+    for _ in range(16):
         breaker.observe(1.0, Mark.SUCCESS, 0)
-        if number % 4 == 0:
-            fail(breaker, 1.0, 1)
+    fail(breaker, 1.0, 4)
     assert breaker.state is S.CLOSED  # 16 of 20 is not below 80%
     fail(breaker, 1.0, 1)
     assert breaker.state is S.OPEN
@@ -115,6 +114,21 @@ def test_outcomes_of_an_earlier_epoch_do_not_count() -> None:
     breaker.observe(1.2, Mark.FAILURE, 0)
     assert (breaker.state, breaker.consecutive_failures) == (S.CLOSED, 0)
     breaker.observe(1.2, Mark.FAILURE, breaker.epoch)
+    assert breaker.state is S.OPEN
+
+
+def test_closing_forgets_the_successes_of_before() -> None:
+    breaker, _ = make(failures=3, min_requests=10, success_rate=0.8)
+    for _ in range(100):
+        breaker.observe(0.0, Mark.SUCCESS, 0)
+    fail(breaker, 0.0, 3)
+    breaker.advance(1.0)
+    breaker.start_probe(1.0)
+    breaker.observe(1.0, Mark.SUCCESS, breaker.epoch, probe=True)
+    for number in range(10):
+        breaker.observe(1.0, Mark.FAILURE if number % 3 == 2 else Mark.SUCCESS, breaker.epoch)
+    assert breaker.state is S.CLOSED  # 7 of 10, but the last was a success
+    breaker.observe(1.0, Mark.FAILURE, breaker.epoch)
     assert breaker.state is S.OPEN
 
 

@@ -51,6 +51,7 @@ def granted(waiter: Waiter[Any]) -> Lease:
 def test_the_road_of_a_lease() -> None:
     rig = Rig(1)
     lease = rig.lease(1.0, resendable=True)
+    _, lease.give_up = recorder()
     state = rig.state(0)
     assert (lease.endpoint, lease.reason, lease.started, lease.state) == (
         state,
@@ -63,6 +64,7 @@ def test_the_road_of_a_lease() -> None:
     rig.engine.observe(1.2, lease, OK)
     assert (state.in_flight, list(state.waiting), state.latency.seconds) == (1, [], pytest.approx(0.2))
     assert lease.state is LeaseState.OBSERVED
+    assert lease.give_up is None  # nothing to give up any more, and no callback kept alive
     assert rig.engine.release(9.0, lease) is False
     assert (state.in_flight, lease.state, rig.engine.busy) == (0, LeaseState.RELEASED, False)
     assert (state.counts.picks, state.counts.ok, state.counts.released) == (1, 1, 1)

@@ -53,3 +53,10 @@ def test_recent_outcomes_keep_the_last_and_forget_on_clear() -> None:
     assert [sample.at for sample in recent.since(3.0)] == [3.0, 4.0]
     recent.clear()
     assert recent.since(0.0) == []
+
+
+def test_the_latest_beginning_of_what_was_answered() -> None:
+    recent = RecentOutcomes()
+    recent.answered(5.0, 4.0)
+    recent.answered(6.0, 1.0)  # an older attempt, answered later
+    assert (recent.last_head, recent.last_answered) == (6.0, 4.0)

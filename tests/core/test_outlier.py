@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from pathlb.core.cluster import Settings
 from pathlb.core.config import Breaker, Outlier, Retry
 from pathlb.core.endpoints import EndpointState
+from pathlb.core.events import Ejected, Returned
 from pathlb.core.lease import Lease, Want
 from pathlb.core.load import Sample
+from pathlb.core.model import Cause, Outcome
 from pathlb.core.outlier import Verdict, judge, luck
 
-from .helpers import BROKEN, BUSY
+from .helpers import BROKEN, BUSY, Rig
 from .simulation import Distribution, Simulation, constant, exponential, lognormal
 from .test_eligibility import make
 
@@ -183,6 +185,14 @@ def test_few_samples_need_a_greater_difference() -> None:
     assert verdicts(endpoint(0, *[0.2, 0.4] * 30), peers) == [("http://gw0", "latency")]
 
 
+def test_regular_figures_are_no_proof_by_themselves() -> None:
+    """Five replies that happen to take exactly as long as each other are still only five."""
+    peers = endpoint(1, *[0.1] * 20)
+    assert verdicts(endpoint(0, *[0.35] * 5), peers) == []
+    assert verdicts(endpoint(0, *[0.35] * 20), endpoint(1, *[0.1] * 60)) == []
+    assert verdicts(endpoint(0, *[0.5] * 5), peers) == [("http://gw0", "latency")]
+
+
 def test_fewer_than_ten_replies_tell_nothing_usual() -> None:
     peers = endpoint(1, *[0.05] * 4)
     assert verdicts(endpoint(0, *[0.5] * 5, waits=(60.0,) * 5, last_head=0.0), peers) == []
@@ -217,8 +227,10 @@ def test_latency_is_confirmed_and_hysteresis_keeps_the_suspicion() -> None:
     assert at(100.3, 0.5) == ["latency"]
     assert at(100.4, 0.05) == []
     assert one.ejection.slow_since is None
+    assert at(100.41, 0.1) == []  # twice as slow: no reason for suspicion
     assert at(100.5, 0.5) == []
-    assert at(100.7, 0.14) == []  # twice to three times as slow is not enough to begin with, or to go on
+    assert at(100.75, 0.5) == []
+    assert at(100.76, 0.14) == []  # twice to three times as slow is not enough to begin with, or to go on
     assert at(100.8, 0.5) == ["latency"]
 
 
@@ -252,6 +264,13 @@ def test_what_is_younger_than_all_that_peers_have_answered_waits_for_what_all_wa
     peer = endpoint(1, *FAST, last_head=NOW - 2)
     assert verdicts(endpoint(0, waits=(1.9,) * 4, last_head=NOW - 9), peer) == []
     assert verdicts(endpoint(0, waits=(2.1,) * 4, last_head=NOW - 9), peer) == [("http://gw0", "stall")]
+
+
+def test_the_last_to_have_answered_is_overtaken_by_nobody() -> None:
+    """Its own answers are no proof that the others answer."""
+    hanging = endpoint(0, waits=(2.1,) * 4, last_head=NOW - 2.05)
+    assert verdicts(hanging, endpoint(1, *FAST, last_head=NOW - 3)) == []
+    assert verdicts(hanging, endpoint(1, *FAST, last_head=NOW - 2)) == [("http://gw0", "stall")]
 
 
 def test_a_reply_meanwhile_is_no_silence() -> None:
@@ -397,6 +416,28 @@ def test_a_stall_of_this_process_condemns_nobody(service: str, rate: float) -> N
         assert sim.given_up == 0
         latency = [state.latency.seconds for state in sim.engine.members]
         assert max(one for one in latency if one is not None) < 0.2
+
+
+def test_one_is_left_in_service_whatever_share_may_go() -> None:
+    rig = Rig(2, Settings(outlier=Outlier(max_ejected=1.0, confirm=0.0)))
+    failing, hanging = rig.engine.members
+    for state, number in ((failing, 0), (hanging, 1)):
+        stand_in = endpoint(number, *FAST[:10], failed=40 * (number == 0), waits=(4.0,) * 3 * number, at=NOW - 5)
+        state.recent, state.waiting = stand_in.recent, stand_in.waiting
+    failing.recent.last_answered, hanging.recent.last_head = NOW, NOW - 5
+    assert len(judge([failing, hanging], NOW, CONFIG)) == 2
+    rig.engine.tick(NOW)
+    assert [event.endpoint for event in rig.seen(Ejected)] == ["http://gw1"]
+
+
+def test_one_that_returns_is_judged_on_what_it_does_from_then_on() -> None:
+    rig = Rig(2, Settings(outlier=Outlier(eject_for=1.0, jitter=0.0)))
+    for number, cause in ((0, Cause.BEYOND), (1, Cause.OK)):
+        for _ in range(30):
+            rig.request(0.0, Outcome(cause), pin=f"http://gw{number}")
+    rig.tick(0.0, 5.0)
+    assert [event.endpoint for event in rig.seen(Ejected)] == ["http://gw0"]
+    assert len(rig.seen(Returned)) == 1
 
 
 @pytest.mark.parametrize(("share", "most"), [(0.5, 3), (0.3, 2), (1e-6, 1), (1.0, 6)])

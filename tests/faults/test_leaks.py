@@ -191,6 +191,7 @@ async def test_in_memory(anyio_backend: str, requests: int) -> None:
             assert after.resident - before.resident < 16_000_000, (before, after)
 
 
+@pytest.mark.soak
 async def test_on_sockets(stack: Stack) -> None:
     """The same over a fleet whose gateways fail, reset, throttle and hang in turn; the connections are counted too."""
     requests = 1_500
