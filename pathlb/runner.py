@@ -107,10 +107,17 @@ class AsyncioScope:
     def cancel(self) -> None:
         self._deadlines.bring_forward(self)
 
-    def strike(self) -> None:
-        """End the attempt; called by the event loop, with the task suspended."""
+    def strike(self) -> bool:
+        """End the attempt; called by the event loop, with the task suspended.
+
+        False when somebody else is cancelling the task already: a second cancellation on top of theirs would break
+        into their clean-up, and an anyio scope would no longer know its own for what it is, and let it escape.
+        """
+        if self._task.cancelling() > self._cancelling:
+            return False
         self._struck = True
         self._task.cancel()
+        return True
 
 
 class _Deadlines:
@@ -157,8 +164,8 @@ class _Deadlines:
     def _strike(self) -> None:
         now = max(self._loop.time(), self._due)
         for scope in [scope for scope in self._scopes if scope.deadline <= now]:
-            self._scopes.remove(scope)
-            scope.strike()
+            if scope.strike():
+                self._scopes.remove(scope)
         self._due = math.inf
         if self._scopes:
             self._wait_until(max(now + self.GRAIN, min(scope.deadline for scope in self._scopes)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import anyio
 import pytest
 
 from pathlb.runner import AsyncioRunner, AttemptScope
@@ -125,6 +126,44 @@ async def test_under_asyncio_timeout() -> None:
         async with asyncio.timeout(0.01):
             await hang(scope)
     assert not scope.cut
+
+
+async def test_does_not_strike_into_the_clean_up_of_a_cancellation() -> None:
+    """anyio knows its own cancellation by the message; one of ours on top would leave its scope as a stray one."""
+    cleaned = False
+    with anyio.CancelScope() as outer:
+        with runner().scope(1000.0) as scope:
+            asyncio.get_running_loop().call_soon(outer.cancel)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                try:
+                    raise GeneratorExit  # as a transport's generators do: it hides what came before
+                except GeneratorExit:
+                    with anyio.CancelScope(shield=True):
+                        scope.cancel()
+                        await anyio.sleep(0.02)
+                        cleaned = True
+    assert cleaned
+    assert outer.cancelled_caught
+    assert not scope.cut
+    assert own_cancellations() == 0
+
+
+async def test_strikes_once_a_cancellation_of_somebody_else_has_ended_inside() -> None:
+    with runner().scope(1000.0) as scope:
+        with anyio.CancelScope() as inner:
+            asyncio.get_running_loop().call_soon(inner.cancel)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                with anyio.CancelScope(shield=True):
+                    scope.cancel()
+                    await anyio.sleep(0.02)
+        await asyncio.Event().wait()
+    assert inner.cancelled_caught
+    assert scope.cut
+    assert own_cancellations() == 0
 
 
 async def test_closing_the_runner_leaves_no_timer() -> None:
