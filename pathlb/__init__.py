@@ -23,6 +23,8 @@ from .errors import (
     UpstreamError,
     UsageError,
 )
+from .upstream.default import Upstreams
+from .upstream.http1 import Pool
 from .upstream.transport import TransportUpstreams
 
 __version__ = "0.1.0"
@@ -43,6 +45,7 @@ __all__ = [
     "Outlier",
     "Panic",
     "PathlbError",
+    "Pool",
     "QueueFull",
     "QueueTimeout",
     "Retry",
@@ -50,5 +53,6 @@ __all__ = [
     "SlowStart",
     "TransportUpstreams",
     "UpstreamError",
+    "Upstreams",
     "UsageError",
 ]

@@ -32,7 +32,7 @@ from .errors import (
     UpstreamError,
     UsageError,
 )
-from .exchange import Attempt, Reply, Request
+from .exchange import Attempt, Reply, Request, WholeBody
 from .health import Prober
 from .leased_body import LeasedBody
 from .runner import Runner, current_home, make_runner
@@ -40,8 +40,8 @@ from .strategies import BoundStrategy
 from .telemetry.metrics import Metrics, metrics_configured
 from .telemetry.tracing import Tracing
 from .upstream.base import UpstreamFactory
+from .upstream.default import Upstreams
 from .upstream.directory import UpstreamDirectory
-from .upstream.transport import TransportUpstreams
 
 logger = logging.getLogger("pathlb")
 
@@ -63,7 +63,7 @@ class Balancer:
     - `idempotent`: what may be sent twice beside the idempotent methods and requests with an Idempotency-Key:
       a bool, or a function of the HTTP library's request that answers a bool, or None for no opinion;
     - `telemetry`: spans and metrics through the OpenTelemetry API (default on; costs next to nothing without an SDK);
-    - `upstream`: makes the way to an endpoint (default: one httpx transport each);
+    - `upstream`: makes the way to an endpoint (default `Upstreams()`: pathlb's own connections on asyncio);
     - `clock` (monotonic seconds) and `rng` are for tests and simulations.
 
     Usable without `async with`: it starts with the first request, on the event loop of that request, and is closed
@@ -114,7 +114,7 @@ class Balancer:
         self._deadline = deadline
         self._admission = Admission(self._engine, clock, limits.queue_timeout, self.release)
         self._idempotent = idempotent
-        self._upstreams = UpstreamDirectory(upstream if upstream is not None else TransportUpstreams())
+        self._upstreams = UpstreamDirectory(upstream if upstream is not None else Upstreams())
         self._attempter = Attempter(
             self._engine,
             self._upstreams,
@@ -174,6 +174,7 @@ class Balancer:
         if runner is None:
             runner = self._runner = make_runner()
             self._pid = os.getpid()
+            self._upstreams.start(runner)
             if self._telemetry and metrics_configured():
                 self.subscribe(Metrics())
             if self._prober is not None:
@@ -332,7 +333,10 @@ class Balancer:
 
     def _hand_over(self, reply: Reply, lease: Lease, attempts: list[Attempt]) -> Reply:
         reply.attempts = tuple(attempts)
-        reply.body = LeasedBody(reply.body, lease, self)
+        if type(reply.body) is WholeBody:
+            self.release(lease)
+        else:
+            reply.body = LeasedBody(reply.body, lease, self)
         return reply
 
     # --- the ends of leases
@@ -340,7 +344,7 @@ class Balancer:
     async def _discard(self, reply: Reply | None, lease: Lease) -> None:
         """End an attempt whose reply, if there is one, nobody gets."""
         try:
-            if reply is not None:
+            if reply is not None and type(reply.body) is not WholeBody:
                 with anyio.move_on_after(_DRAIN_SECONDS, shield=True):
                     await _drain(reply)
                 with anyio.CancelScope(shield=True):

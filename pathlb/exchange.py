@@ -84,6 +84,28 @@ class ReplyBody(Protocol):
     async def aclose(self) -> None: ...
 
 
+class WholeBody:
+    """A reply body that is in memory, whole: nothing is in flight any more, and closing it is not necessary."""
+
+    __slots__ = ("_rest", "content")
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self._rest = content
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        rest, self._rest = self._rest, b""
+        if not rest:
+            raise StopAsyncIteration
+        return rest
+
+    async def aclose(self) -> None:
+        self._rest = b""
+
+
 @dataclass(slots=True)
 class Reply:
     """A reply head with its body still to come."""

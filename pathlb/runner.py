@@ -40,6 +40,8 @@ class AttemptScope(Protocol):
 class Runner(Protocol):
     """What a balancer needs of the async library it runs on."""
 
+    library: str
+    """`asyncio` or `trio`."""
     home: object
     """The event loop, or the trio run, this runner belongs to."""
 
@@ -174,6 +176,8 @@ class _Deadlines:
 class AsyncioRunner:
     """Tasks of one event loop."""
 
+    library = "asyncio"
+
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.home: object = loop
         self._loop = loop
@@ -240,6 +244,8 @@ class TrioScope:
 
 class TrioRunner:
     """System tasks of one trio run."""
+
+    library = "trio"
 
     def __init__(self, home: object) -> None:
         self.home = home

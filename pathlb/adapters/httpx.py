@@ -14,7 +14,8 @@ from ..config import BalancerOptions
 from ..core.errors import ConfigError
 from ..core.model import Endpoint
 from ..exchange import OneShotBody, Reply, Request
-from ..upstream.transport import TransportUpstreams
+from ..upstream.default import Upstreams
+from ..upstream.http1 import Pool
 from .translate import PLACEHOLDER, REDIRECTS, Translator
 
 DEFAULT_TIMEOUT = httpx.Timeout(connect=0.5, read=15.0, write=15.0, pool=None)
@@ -94,8 +95,8 @@ class AsyncClient(httpx.AsyncClient):
     endpoints is balanced too. Any other absolute URL raises `UsageError`, unless `mounts` takes it.
 
     `host` is sent as the Host header; by default it is the host of `base_url` if given, else the endpoint's own.
-    `verify`, `cert`, `http1`, `http2`, `proxy` and `trust_env` apply to the connections to every endpoint. All other
-    arguments are httpx's own. Raises `ConfigError`.
+    `verify`, `cert`, `http1`, `http2`, `proxy`, `trust_env` and `pool` apply to the connections to every endpoint. All
+    other arguments are httpx's own. Raises `ConfigError`.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class AsyncClient(httpx.AsyncClient):
         http1: bool = True,
         http2: bool = False,
         proxy: Any = None,
+        pool: Pool = Pool(),
         mounts: Mapping[str, httpx.AsyncBaseTransport | None] | None = None,
         timeout: Any = DEFAULT_TIMEOUT,
         follow_redirects: bool = False,
@@ -125,7 +127,7 @@ class AsyncClient(httpx.AsyncClient):
     ) -> None:
         if transport is not None:
             raise ConfigError("transport", "is pathlb's own; give upstream= to decide how endpoints are reached")
-        connection = (verify, cert, http1, http2, proxy, trust_env)
+        connection = (verify, cert, http1, http2, proxy, trust_env, pool)
         defaults = _CONNECTION_DEFAULTS.items()
         changed = [name for value, (name, usual) in zip(connection, defaults, strict=True) if value != usual]
         self._owns_balancer = not isinstance(endpoints, Balancer)
@@ -138,13 +140,14 @@ class AsyncClient(httpx.AsyncClient):
                 for name in changed:
                     raise ConfigError(name, "has no effect with upstream=, which decides how endpoints are reached")
             else:
-                options["upstream"] = TransportUpstreams(
+                options["upstream"] = Upstreams(
                     verify=verify,
                     cert=cert,
                     http1=http1,
                     http2=http2,
                     proxy=proxy,
                     trust_env=trust_env,
+                    pool=pool,
                     stack=httpx,
                 )
             self.balancer = Balancer(endpoints, **options)
@@ -203,6 +206,7 @@ _CONNECTION_DEFAULTS = {
     "http2": False,
     "proxy": None,
     "trust_env": True,
+    "pool": Pool(),
 }
 
 

@@ -20,7 +20,8 @@ from ..core.model import Endpoint
 from ..errors import Fault, UpstreamError
 from ..exchange import Reply, Request, Timeouts
 from ..upstream.base import UpstreamFactory
-from ..upstream.transport import TransportUpstreams, causes_of
+from ..upstream.oserrors import causes_of
+from ..upstream.transport import TransportUpstreams
 from . import number
 
 _HOSTNAME_MISMATCH = 62  # X509_V_ERR_HOSTNAME_MISMATCH

@@ -22,17 +22,25 @@ class Upstream(Protocol):
     """
 
     kind: str
-    """Which one it is, for snapshots: `httpx`, `httpx2`, `scripted`, ..."""
+    """Which one it is, for snapshots: `http1`, `httpx`, `httpx2`, `scripted`, ..."""
 
     async def send(self, request: Request, extra_headers: Headers) -> Reply: ...
 
     async def aclose(self) -> None: ...
 
 
+class Undecided(Protocol):
+    """What a factory may make instead of an upstream: one that depends on the async library it will run on."""
+
+    def decide(self, library: str) -> Upstream:
+        """The upstream, on `asyncio` or `trio`; called once, with the first request or when the endpoint joins."""
+
+
 class UpstreamFactory(Protocol):
     """Makes the upstream of an endpoint, once, when the endpoint joins.
 
-    An httpx or httpx2 async transport will do too; give it no connection limit, or its pool is a hidden queue.
+    An `Undecided` will do, and so will an httpx or httpx2 async transport; give that one no connection limit, or its
+    pool is a hidden queue.
     """
 
     def __call__(self, endpoint: Endpoint, /) -> Any: ...

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import importlib.util
-import os
 import re
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import ModuleType
 from typing import Any
 
@@ -19,10 +17,11 @@ from ..core.errors import ConfigError
 from ..core.model import Endpoint, Sent
 from ..errors import Fault, UpstreamError
 from ..exchange import Headers, OneShotBody, Reply, Request
+from .oserrors import causes_of, is_local, reason_of
 
 _FAULTS = {fault.value: fault for fault in Fault}
-_OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL})
 
+DEFAULT_STACK: ModuleType = httpx
 
 # Parsers quote the bytes they choke on, which may be a credential ("Illegal header value b'Bearer ...'").
 _QUOTED = re.compile(r"""\b(bytearray\()?b['"].*""", re.DOTALL)
@@ -112,14 +111,14 @@ class TransportUpstream:
         known = self._stock and watch is not None
         causes = list(causes_of(exc))
         # The library says "All connection attempts failed"; the operating system says why.
-        reasons = [_reason(cause) for cause in causes if isinstance(cause, OSError) and cause.strerror]
+        reasons = [reason_of(cause) for cause in causes if isinstance(cause, OSError) and cause.strerror]
         detail = _QUOTED.sub("...", str(exc)) or type(exc).__name__
         return UpstreamError(
             fault,
             Sent.NOT_SENT if known and watch is not None and not watch.writing else Sent.MAYBE_SENT,
             self._endpoint.url,
             f"{detail} ({reasons[-1]})" if reasons and reasons[-1] not in detail else detail,
-            local=_is_local(causes),
+            local=is_local(causes),
             reused=known and watch is not None and not watch.connecting,
         )
 
@@ -228,49 +227,13 @@ def _stream_class(stack: ModuleType) -> type[Any]:
     return OneShotStream
 
 
-def _reason(error: OSError) -> str:
-    """In the system's words, which asyncio replaces by its own without the reason."""
-    said = error.strerror or ""
-    if error.errno is None or not isinstance(error, ConnectionError):
-        return said
-    reason = os.strerror(error.errno)
-    return said if reason in said else f"{said}: {reason}"
-
-
-def _is_local(causes: list[BaseException]) -> bool:
-    """Whether all that the operating system refused was for lack of descriptors, ports or memory here. One address of
-    a name that cannot be used from here does not excuse the others.
-    """
-    numbers = [cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno is not None]
-    return bool(numbers) and all(number in _OUT_OF_RESOURCES for number in numbers)
-
-
-def causes_of(exc: BaseException) -> Iterator[BaseException]:
-    """The exception, what it came from, and the members of groups, down to the operating system's own errors.
-
-    Not beyond those: what they came from in turn is whatever the caller was handling at the time.
-    """
-    pending: list[BaseException | None] = [exc]
-    seen: set[int] = set()
-    while pending:
-        one = pending.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        yield one
-        if isinstance(one, BaseExceptionGroup):
-            pending += one.exceptions
-        elif not isinstance(one, OSError) or one.errno is None:
-            pending.append(one.__cause__ or one.__context__)
-
-
 def as_upstream(made: Any, endpoint: Endpoint) -> Any:
-    """What an upstream factory made, as an upstream: httpx's and httpx2's transports are wrapped."""
+    """What an upstream factory made, as an upstream, or undecided: httpx's and httpx2's transports are wrapped."""
     if hasattr(made, "handle_async_request"):
         # httpx2 need not be installed; an object of its classes means that it is.
         stack = httpx if isinstance(made, httpx.AsyncBaseTransport) else importlib.import_module("httpx2")
         return TransportUpstream(made, endpoint, stack=stack)
-    if not hasattr(made, "send") or not hasattr(made, "kind"):
+    if not hasattr(made, "decide") and not (hasattr(made, "send") and hasattr(made, "kind")):
         raise ConfigError("upstream", f"must make an Upstream or an async transport, not {type(made).__name__}")
     return made
 
@@ -315,7 +278,7 @@ class TransportUpstreams:
         if self._proxy is not None and endpoint.uds is not None:
             raise ConfigError("proxy", f"cannot be used to reach a unix socket ({endpoint.url})")
         transport = stack.AsyncHTTPTransport(
-            verify=self._ssl_context(endpoint),
+            verify=self.ssl_context(endpoint),
             http1=self._http1,
             http2=self._http2,
             limits=stack.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=5.0),
@@ -324,7 +287,8 @@ class TransportUpstreams:
         )
         return TransportUpstream(transport, endpoint, stack=stack)
 
-    def _ssl_context(self, endpoint: Endpoint) -> ssl.SSLContext:
+    def ssl_context(self, endpoint: Endpoint) -> ssl.SSLContext:
+        """The context for the connections to an endpoint. Raises `ConfigError`."""
         if endpoint.scheme == "http" and self._proxy is None:
             return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # never used; loading the CA bundle takes 20 ms
         if self._context is None:

@@ -24,6 +24,8 @@ import pathlb.httpx2
 from pathlb.core.events import Event
 from pathlb.core.snapshot import EndpointSnapshot, Snapshot
 from pathlb.testing import FaultServer
+from pathlb.upstream.http1 import Http1Upstream
+from pathlb.upstream.http1.connection import State
 
 PATIENCE = 30.0
 """Seconds any wait of a test may take before it fails: far beyond what it needs on a loaded machine."""
@@ -148,14 +150,27 @@ class Events(list[Event]):
 
 def open_connections(client: Any) -> list[str]:
     """Connections in the pools below a client that are neither idle nor closed."""
-    return [
-        repr(connection)
-        for upstream in client.balancer._upstreams.values()
-        for connection in upstream._transport._pool.connections
-        if not connection.is_idle() and not connection.is_closed()
-    ]
+    return [busy for upstream in client.balancer._upstreams.values() for busy in _busy(upstream)]
+
+
+def _busy(upstream: Any) -> list[str]:
+    if isinstance(upstream, Http1Upstream):
+        return [f"{one.url} {one.state.value}" for one in upstream._open if one.state not in (State.IDLE, State.CLOSED)]
+    pool = upstream._transport._pool
+    return [repr(one) for one in pool.connections if not one.is_idle() and not one.is_closed()]
 
 
 def left_in_pools(client: Any) -> int:
     """Requests the pools still think they serve."""
-    return sum(len(one._transport._pool._requests) for one in client.balancer._upstreams.values())
+    return sum(
+        upstream._dialling if isinstance(upstream, Http1Upstream) else len(upstream._transport._pool._requests)
+        for upstream in client.balancer._upstreams.values()
+    )
+
+
+def pooled(client: Any) -> int:
+    """Connections the pools below a client know of."""
+    return sum(
+        len(upstream._open if isinstance(upstream, Http1Upstream) else upstream._transport._pool.connections)
+        for upstream in client.balancer._upstreams.values()
+    )

@@ -67,12 +67,14 @@ BOMB = gzip.compress(bytes(10_000_000))
 
 @dataclass(frozen=True)
 class Flood(Step):
-    """Informational replies, as long as the client takes them."""
+    """Informational replies, as long as the client takes them, ten every `gap` seconds."""
+
+    gap: float = 0.01
 
     def play(self, channel: _Channel) -> None:
         while True:
             channel.sock.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n" * 10)
-            channel.wait(lambda: False, 0.01)
+            channel.wait(lambda: False, self.gap)
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,9 @@ HEAD_ROWS = [
         serving(
             Send(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n")
         ),
-        "bad",
-        "bad",
+        # httpx takes the chunks, pathlb's own connections refuse what can be read in two ways.
+        "bad|healthy",
+        "bad|RemoteProtocolError",
     ),
 ]
 
@@ -242,10 +245,8 @@ async def test_fault_up_to_the_head(stack: Stack, healthy: Fleet, row: Row) -> N
                 assert seen(healthy, server)[key.encode()] <= 1
                 assert open_connections(client) == []
                 charged = endpoint(client.balancer, server.url).counts["failed"]
-                if row.get == "healthy":
-                    assert row.least_charged <= charged <= 3
-                else:
-                    assert charged < 3
+                allowed = {"healthy": range(row.least_charged, 4), "bad": range(1)}
+                assert charged in allowed.get(row.get, range(4))
 
 
 @pytest.mark.parametrize("row", BODY_ROWS, ids=lambda row: row.name)
@@ -367,12 +368,18 @@ async def test_pitfall_11_stale_keep_alive(stack: Stack, healthy: Fleet) -> None
                 assert open_connections(client) == []
 
 
-async def test_1xx_flood_ends_with_the_deadline(stack: Stack, healthy: Fleet) -> None:
-    """No read timeout fires while bytes keep coming; without peers' evidence the deadline ends it."""
+async def test_1xx_flood_ends(stack: Stack, healthy: Fleet, anyio_backend: str) -> None:
+    """No read timeout fires while bytes keep coming. pathlb's own connections count them; on httpx's it is the
+    deadline that ends it, without evidence from the peers.
+    """
+    ours = anyio_backend == "asyncio"
     with FaultServer(always(ReadRequest(), Flood())) as server:
         async with nothing_left():
             async with stack.client([server.url, *healthy.urls], prefer=server.url, outlier=None) as client:
-                for method in ["GET", "POST"]:
+                if ours:
+                    await expect(stack, client, "GET", "healthy", server.url, healthy)
+                    await expect(stack, client, "POST", "RemoteProtocolError", server.url, healthy)
+                for method in [] if ours else ["GET", "POST"]:
                     key = request_id()
                     with anyio.fail_after(PATIENCE), pytest.raises(stack.lib.TimeoutException) as caught:
                         await client.request(
@@ -387,7 +394,7 @@ async def test_1xx_flood_ends_with_the_deadline(stack: Stack, healthy: Fleet) ->
 @pytest.mark.parametrize("what", ["flood", "slow head"])
 async def test_head_that_never_ends_is_given_up(stack: Stack, healthy: Fleet, what: str) -> None:
     """With evidence of what is usual, an attempt far beyond it is given up and sent elsewhere."""
-    step = Flood() if what == "flood" else SendSlowly(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 10_000, 0.01)
+    step = Flood(gap=0.05) if what == "flood" else SendSlowly(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 10_000, 0.01)
     outlier = Outlier(overdue_floor=0.1, overdue_factor=1)
     with FaultServer(always(ReadRequest(), step)) as server:
         async with nothing_left():

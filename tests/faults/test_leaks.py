@@ -14,7 +14,17 @@ import anyio
 import anyio.lowlevel
 import pytest
 import sniffio
-from faultkit import Stack, at_rest, descriptors, left_in_pools, living_tasks, nothing_left, open_connections, until
+from faultkit import (
+    Stack,
+    at_rest,
+    descriptors,
+    left_in_pools,
+    living_tasks,
+    nothing_left,
+    open_connections,
+    pooled,
+    until,
+)
 
 import pathlb
 from pathlb import Limits, Outlier, Retry
@@ -224,12 +234,9 @@ async def test_on_sockets(stack: Stack) -> None:
                     assert set(balancer._upstreams) == set(urls)
                     assert not balancer._dropped
                     # No connection is open at a gateway that no pool knows of.
-                    await until(lambda: sum(gateway.stats().open_connections for gateway in fleet) <= pooled())
-                    assert descriptors() <= start + 2 * pooled()
+                    await until(lambda: sum(gateway.stats().open_connections for gateway in fleet) <= pooled(client))
+                    assert descriptors() <= start + 2 * pooled(client)
                     return Footprint.now()
-
-                def pooled() -> int:
-                    return sum(len(one._transport._pool.connections) for one in balancer._upstreams.values())
 
                 await load(requests // 3, lambda: one_of_every_kind(client, rng, ends), churn, workers=10)
                 before = await rest()

@@ -19,6 +19,9 @@ from pathlb import Balancer
 from pathlb.exchange import Headers, Reply, Request
 from pathlb.testing import Body, ScriptedUpstream
 
+LARGE_BODY = b"x" * 1_000_000
+"""More than comes with a reply head or is read ahead: the request stays in flight until it is read or closed."""
+
 
 class Stack(NamedTuple):
     """One of the two libraries, pathlb for it, and the module of its error classes."""

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from io_helpers import Answer, Seen, Site, Stack, reply, scripted
+from io_helpers import LARGE_BODY, Answer, Seen, Site, Stack, reply, scripted
 
 import pathlb
 from pathlb.exchange import Headers, Reply, Request
@@ -77,15 +77,17 @@ async def test_streaming_a_reply(stack: Stack, fleet: Fleet) -> None:
         async with client.stream("GET", "/bytes") as response:
             assert await response.aread() == b"first\nsecond\nthird"
         request = client.build_request("POST", "/built", content=b"x")
+        fleet[0].set_body(LARGE_BODY)
         response = await client.send(request, stream=True)
         assert client.balancer.snapshot().in_flight == 1
-        assert b"".join([part async for part in response.aiter_bytes()]) == b"first\nsecond\nthird"
+        assert b"".join([part async for part in response.aiter_bytes()]) == LARGE_BODY
         await response.aclose()
         assert client.balancer.snapshot().in_flight == 0
         assert response.request is request
 
 
 async def test_leaving_a_stream_early_ends_the_request(stack: Stack, fleet: Fleet) -> None:
+    fleet[0].set_body(LARGE_BODY)
     async with stack.pathlb.AsyncClient(fleet.urls[:1]) as client:
         async with client.stream("GET", "/") as response:
             assert response.status_code == 200
@@ -326,7 +328,8 @@ async def test_trace_extension_reaches_the_transport(stack: Stack, fleet: Fleet)
     async def trace(name: str, info: Any) -> None:
         told.append(name)
 
-    async with stack.pathlb.AsyncClient(fleet.urls) as client:
+    upstream = pathlb.TransportUpstreams(stack=stack.http)  # pathlb's own connections have no such events
+    async with stack.pathlb.AsyncClient(fleet.urls, upstream=upstream) as client:
         response = await client.get("/", extensions={"trace": trace})
         assert "network_stream" in response.extensions
     assert "http11.send_request_headers.started" in told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import re
 from typing import Any
 
 import anyio
@@ -174,7 +175,7 @@ async def test_credentials_reach_no_error_snapshot_or_log(
                 await client.post("/?key=s3cret")
             told += [str(refused.value), repr(refused.value), repr(refused.value.attempts)]
             told.append(str(client.balancer.snapshot().to_dict()))
-    assert "Illegal header value" in str(illegal.value)
+    assert re.search("(?i)header value", str(illegal.value))
     told += [record.getMessage() for record in caplog.records if record.name.startswith("pathlb")]
     assert any("subscriber" in one for one in told)
     for one in told:

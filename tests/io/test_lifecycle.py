@@ -13,7 +13,7 @@ from typing import Any
 
 import anyio
 import pytest
-from io_helpers import Held, Stack, scripted, until
+from io_helpers import LARGE_BODY, Held, Stack, scripted, until
 
 import pathlb
 from pathlb.exchange import Request
@@ -174,6 +174,7 @@ def test_after_a_fork_on_the_same_loop(fleet: Fleet) -> None:
 
 class TestDroppedReplies:
     async def test_one_that_nobody_reads_is_collected_and_ends_its_request(self, stack: Stack, fleet: Fleet) -> None:
+        fleet[0].set_body(LARGE_BODY)
         async with stack.pathlb.AsyncClient(fleet.urls[:1]) as client:
             response = await client.send(client.build_request("GET", "/"), stream=True)
             assert client.balancer.snapshot().in_flight == 1

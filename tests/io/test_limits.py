@@ -7,7 +7,7 @@ from typing import Any
 
 import anyio
 import pytest
-from io_helpers import Held, Stack, scripted, until
+from io_helpers import LARGE_BODY, Held, Stack, scripted, until
 
 import pathlb
 from pathlb import Limits
@@ -36,6 +36,7 @@ async def test_beyond_the_limit_requests_wait_in_order(stack: Stack) -> None:
 
 
 async def test_the_limit_holds_until_the_body_is_closed(stack: Stack, fleet: Fleet) -> None:
+    fleet[0].set_body(LARGE_BODY)
     async with stack.pathlb.AsyncClient(fleet.urls[:1], limits=Limits(concurrency=1, queue=0)) as client:
         async with client.stream("GET", "/") as response:
             assert response.status_code == 200
@@ -175,6 +176,7 @@ async def test_a_request_pinned_to_a_full_endpoint_holds_nobody_up(stack: Stack)
 
 
 async def test_a_queued_request_goes_to_an_endpoint_that_joins(stack: Stack, fleet: Fleet) -> None:
+    fleet[0].set_body(LARGE_BODY)
     async with stack.pathlb.AsyncClient(fleet.urls[:1], limits=Limits(concurrency=1, queue_timeout=30)) as client:
         async with client.stream("GET", "/"), anyio.create_task_group() as group:
             group.start_soon(client.get, "/waits")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from io_helpers import Site, Stack
+from io_helpers import LARGE_BODY, Site, Stack
 from opentelemetry import metrics, trace
 from opentelemetry.instrumentation.httpx import HTTPX2ClientInstrumentor, HTTPXClientInstrumentor
 from opentelemetry.instrumentation.utils import suppress_http_instrumentation
@@ -197,6 +197,7 @@ async def test_probes_make_no_spans(stack: Stack, exporter: InMemorySpanExporter
 
 async def test_metrics_of_a_request_and_its_retry(stack: Stack, fleet: Fleet, reader: InMemoryMetricReader) -> None:
     fleet[0].set_mode(Mode.FAIL, status=503)
+    fleet[1].set_body(LARGE_BODY)
     async with stack.pathlb.AsyncClient(fleet.urls[:2], policy=pathlb.RoundRobin()) as client:
         async with client.stream("GET", "/"):
             data = reader.get_metrics_data()
