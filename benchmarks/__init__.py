@@ -1,1 +1,1 @@
-"""What pathlb costs and withstands, measured: `python -m benchmarks.overhead`, `python -m benchmarks.faults`."""
+"""What pathlb costs and withstands, measured: `python -m benchmarks.overhead`, `throughput`, `in_flight`, `faults`."""

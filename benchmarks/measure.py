@@ -18,7 +18,7 @@ Drive = Callable[[Step, int], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Microseconds of CPU for each operation, one sample a round."""
+    """What was measured, one sample a round: mostly microseconds of CPU for each operation."""
 
     samples: tuple[float, ...]
 
@@ -41,6 +41,10 @@ class Figure:
     def beyond(self, other: Figure) -> Figure:
         """What this costs more than `other`, round by round: what slows the machine down slows both."""
         return Figure(tuple(own - base for own, base in zip(self.samples, other.samples, strict=True)))
+
+    def over(self, other: Figure) -> Figure:
+        """This as a multiple of `other`, round by round for the same reason."""
+        return Figure(tuple(own / base for own, base in zip(self.samples, other.samples, strict=True)))
 
 
 def cpu_us(since: float = 0.0) -> float:

@@ -141,7 +141,9 @@ class Engine:
         del state.waiting[lease]
         running = now - self._stall.read(now)
         if SIGNALS[outcome.cause].latency:
-            self._cluster.succeeded(running, state, running - lease.began)
+            # A stall is known of only when the heartbeat is late enough, and then from the moment it was due: for a
+            # request picked in between, some of that time came before it.
+            self._cluster.succeeded(running, state, max(0.0, running - lease.began))
         else:
             self._cluster.failed(now, running, lease, outcome)
         self._cluster.inform_breakers(now, lease, outcome)

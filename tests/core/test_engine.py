@@ -770,6 +770,17 @@ def test_a_stall_of_this_process_is_nobodys_latency() -> None:
     assert rig.engine.stalled_during(later, 5.2) == pytest.approx(0.0)
 
 
+def test_an_attempt_picked_within_a_stall_took_no_negative_time() -> None:
+    """The stall is found out late and counted from its beginning, which was before the pick."""
+    rig = Rig(2)
+    rig.engine.tick(0.0)
+    lease = rig.lease(0.14)  # late, but not late enough to be called a stall
+    rig.finish(0.16, lease)
+    assert lease.endpoint.latency.seconds == 0.0
+    rig.request(0.16, pin="http://gw0" if lease.endpoint.url != "http://gw0" else "http://gw1")
+    rig.tick(0.16, 1.0)  # the comparison takes logarithms
+
+
 def test_a_stall_is_no_silence_of_a_probe() -> None:
     """Whichever comes first after the pause: the late heartbeat, a reply, a request or a snapshot."""
     acts: list[Any] = [
