@@ -322,7 +322,10 @@ class Balancer:
             return bool(rule)
         if request.method in _IDEMPOTENT_METHODS:
             return True
-        return any(len(name) == 15 and name.lower() == b"idempotency-key" for name, _ in request.headers)
+        for name, _ in request.headers:  # noqa: SIM110  a generator costs more than all the names
+            if len(name) == 15 and name.lower() == b"idempotency-key":
+                return True
+        return False
 
     def _bind(
         self, result: Reply | PathlbError | None, request: Request, attempts: int, elapsed: float, slept: float

@@ -75,6 +75,7 @@ class EndpointState:
         "ramp_from",
         "recent",
         "throttled_until",
+        "url",
         "waiting",
         "weight",
     )
@@ -84,6 +85,7 @@ class EndpointState:
 
     def __init__(self, endpoint: Endpoint, health: HealthState) -> None:
         self.endpoint = endpoint
+        self.url = endpoint.url
         self.weight = endpoint.weight
         self.in_flight = 0
         self.waiting: dict[Lease, None] = {}
@@ -101,10 +103,6 @@ class EndpointState:
         """When its slow start began; None at full weight."""
         self.last_failed = -math.inf
         self.counts = Counts()
-
-    @property
-    def url(self) -> str:
-        return self.endpoint.url
 
     def __repr__(self) -> str:
         return f"<EndpointState {self.url} {self.admin.value} in_flight={self.in_flight}>"

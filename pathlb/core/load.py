@@ -57,7 +57,8 @@ class RecentOutcomes:
     def answered(self, now: float, began: float) -> None:
         """A reply head arrived."""
         self.last_head = now
-        self.last_answered = max(self.last_answered, began)
+        if began > self.last_answered:
+            self.last_answered = began
 
     def clear(self) -> None:
         """Forget them, so that an endpoint coming back is judged on what it does from now on."""

@@ -55,6 +55,8 @@ class Tracing:
     def start(self, request: Request, endpoint: Endpoint, resend_count: int) -> AttemptSpan | None:
         tracer = self._tracer or self._find_tracer()
         if self._idle:
+            if getattr(trace, "_TRACER_PROVIDER", self) is self._provider and not otel_context.get_current():
+                return None  # nobody has set one, and there is nothing around the call to pass on
             # Asking for the global provider is dear while there is none (it looks into the environment each time).
             # A span is cheap then, and tells: without an SDK it has the context of the one around it.
             probe = tracer.start_span("probe").get_span_context()

@@ -19,6 +19,7 @@ from ...exchange import Headers
 from .settings import Pool
 
 _VERSIONS = {"1.1": b"HTTP/1.1", "1.0": b"HTTP/1.0"}
+_FRAMING_NAMES = frozenset(map(len, (b"content-length", b"transfer-encoding")))  # by their length: nearly free
 _HUGE_LENGTH = 15  # digits of a Content-Length: beyond any body, and where parsers begin to differ
 
 
@@ -59,6 +60,7 @@ class ReplyReader:
 
     __slots__ = (
         "_fed",
+        "_fields",
         "_head_only",
         "_informational",
         "_parser",
@@ -84,6 +86,7 @@ class ReplyReader:
         self._upgrades = False
         self._informational = 0
         self._reason = b""
+        self._fields: Headers = []  # where the next field belongs
         self._fed = 0  # bytes since the head began, or without a byte of body
         self._refusal = ""
         self.phase = _IDLE
@@ -103,6 +106,7 @@ class ReplyReader:
             self._stale = False
         self.phase = _HEAD
         self._reply = reply
+        self._fields = reply.headers
         self._head_only = head_only
         self._upgrades = upgrades
         self._informational = self._fed = 0
@@ -172,17 +176,9 @@ class ReplyReader:
         self._reason += text  # in pieces, if it came so
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        reply = self._reply
-        if reply is None:
-            return
-        fields = reply.trailers if reply.headed else reply.headers
-        fields.append((name, value))
-        if len(fields) > self._settings.max_fields:
-            self._refuse(f"the reply has more than {self._settings.max_fields} header fields (Pool.max_fields)")
-        if len(name) == 17 and name.lower() == b"transfer-encoding" and value.lower() != b"chunked":
-            self._refuse("the reply has a Transfer-Encoding other than chunked")
-        if len(name) == 14 and len(value) > _HUGE_LENGTH and name.lower() == b"content-length":
-            self._refuse("the reply has a Content-Length no body can have")
+        self._fields.append((name, value))
+        if len(name) in _FRAMING_NAMES:
+            self._check_framing(name.lower(), value)
 
     def on_headers_complete(self) -> None:
         reply = self._reply
@@ -195,6 +191,7 @@ class ReplyReader:
         version = _VERSIONS.get(self._parser.get_http_version())
         if version is None or status < 100:
             self._refuse("the reply is neither HTTP/1.1 nor HTTP/1.0, or has no valid status")
+        self._check_count(reply.headers)
         reply.status = status
         reply.version = version
         reply.reason = self._reason
@@ -205,6 +202,7 @@ class ReplyReader:
             return
         reply.headed = True
         self.phase = _BODY
+        self._fields = reply.trailers
         if self._head_only:
             self.keep_alive = _persists(version, reply.headers)
             self._stale = True
@@ -221,6 +219,7 @@ class ReplyReader:
     def on_message_complete(self) -> None:
         reply = self._reply
         if reply is not None and self.phase is _BODY:
+            self._check_count(reply.trailers)
             self.keep_alive = self._parser.should_keep_alive()
             self._finish(reply)
 
@@ -238,6 +237,16 @@ class ReplyReader:
         reply.whole = True
         self._reply = None
         self.phase = _IDLE
+
+    def _check_count(self, fields: Headers) -> None:
+        if len(fields) > self._settings.max_fields:
+            self._refuse(f"the reply has more than {self._settings.max_fields} header fields (Pool.max_fields)")
+
+    def _check_framing(self, name: bytes, value: bytes) -> None:
+        if name == b"transfer-encoding" and value.lower() != b"chunked":
+            self._refuse("the reply has a Transfer-Encoding other than chunked")
+        if name == b"content-length" and len(value) > _HUGE_LENGTH:
+            self._refuse("the reply has a Content-Length no body can have")
 
     def _measure_head(self, reply: Incoming) -> None:
         """The head came together with more than a head may have: look how much of it there was."""

@@ -1,0 +1,47 @@
+"""pathlb under and as an httpx client."""
+
+from .client import AsyncClient
+from .errors import (
+    CloseError,
+    ConnectError,
+    ConnectTimeout,
+    DeadlineExceeded,
+    LocalProtocolError,
+    NoEligibleEndpoint,
+    PoolTimeout,
+    ProxyError,
+    QueueFull,
+    QueueTimeout,
+    ReadError,
+    ReadTimeout,
+    RemoteProtocolError,
+    TransportError,
+    UnsupportedProtocol,
+    UsageError,
+    WriteError,
+    WriteTimeout,
+)
+from .transport import BalancedTransport
+
+__all__ = [
+    "AsyncClient",
+    "BalancedTransport",
+    "CloseError",
+    "ConnectError",
+    "ConnectTimeout",
+    "DeadlineExceeded",
+    "LocalProtocolError",
+    "NoEligibleEndpoint",
+    "PoolTimeout",
+    "ProxyError",
+    "QueueFull",
+    "QueueTimeout",
+    "ReadError",
+    "ReadTimeout",
+    "RemoteProtocolError",
+    "TransportError",
+    "UnsupportedProtocol",
+    "UsageError",
+    "WriteError",
+    "WriteTimeout",
+]
