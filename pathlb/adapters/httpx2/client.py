@@ -18,6 +18,7 @@ from ...core.model import Endpoint
 from ...upstream.default import Upstreams
 from ...upstream.http1 import Pool
 from ..translate import PLACEHOLDER, Translator
+from .lean import LeanRequests
 from .transport import BalancedTransport
 
 logger = logging.getLogger("httpx2")
@@ -99,6 +100,7 @@ class AsyncClient(httpx2.AsyncClient):
         balanced._translator = Translator(self.balancer, host=host, origin=(origin.scheme, origin.netloc))
         self._balances_all = not mounts
         self._plain = False
+        self._lean = LeanRequests()
         self._encoding = default_encoding
         self._merged: dict[str | None, httpx2.URL] = {}
         self._merged_with: httpx2.URL | None = None
@@ -186,6 +188,50 @@ class AsyncClient(httpx2.AsyncClient):
             raise
         response.elapsed = timedelta(seconds=time.perf_counter() - start)
         return response
+
+    def build_request(
+        self,
+        method: str,
+        url: httpx2.URL | str,
+        *,
+        content: Any = None,
+        data: Any = None,
+        files: Any = None,
+        json: Any = None,
+        params: Any = None,
+        headers: Any = None,
+        cookies: Any = None,
+        timeout: Any = httpx2.USE_CLIENT_DEFAULT,
+        extensions: Any = None,
+    ) -> httpx2.Request:
+        """As httpx2's, which is what is called where there is more to merge than headers."""
+        if (
+            data is None
+            and files is None
+            and params is None
+            and cookies is None
+            and extensions is None
+            and timeout is httpx2.USE_CLIENT_DEFAULT
+            and not self.cookies
+            and not self.params
+        ):
+            timeouts = {"timeout": self.timeout.as_dict()}
+            request = self._lean.build(method, self._merge_url(url), content, json, headers, self.headers, timeouts)
+            if request is not None:
+                return request
+        return super().build_request(
+            method,
+            url,
+            content=content,
+            data=data,
+            files=files,
+            json=json,
+            params=params,
+            headers=headers,
+            cookies=cookies,
+            timeout=timeout,
+            extensions=extensions,
+        )
 
     def _merge_url(self, url: httpx2.URL | str) -> httpx2.URL:
         # Most clients ask for few different URLs, and merging one takes longer than all that is balanced for it.

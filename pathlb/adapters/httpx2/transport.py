@@ -67,13 +67,16 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
         headers, body = reply.headers, reply.body
         if reply.status in REDIRECTS:
             headers = self._translator.redirect_headers(reply, request.url.scheme, request.url.netloc)
-        return httpx2.Response(
+        response = httpx2.Response(
             reply.status,
             headers=headers,
             stream=httpx2.ByteStream(body.content) if isinstance(body, WholeBody) else _ReplyStream(reply, request),
             extensions=extensions,
             request=request,
         )
+        if b"".join([value for _, value in headers]).isascii():
+            response.headers.encoding = "ascii"  # httpx2 would find out by decoding each of them
+        return response
 
 
 class _ReplyStream(httpx2.AsyncByteStream):
