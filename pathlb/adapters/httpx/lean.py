@@ -82,7 +82,8 @@ class LeanRequests:
             pairs.insert(1, (b"Content-Length", b"0"))
         if content is None and json is not None:
             pairs.append((b"Content-Type", b"application/json"))
-        request = httpx.Request(method, url, headers=pairs, stream=httpx.ByteStream(body), extensions=dict(extensions))
+        stream = httpx.ByteStream(body)
+        request = httpx.Request(method, url, headers=pairs, stream=stream, extensions=dict(extensions))
         request.read()
         return request
 

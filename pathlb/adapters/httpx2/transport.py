@@ -9,8 +9,10 @@ import httpx2
 from ... import errors
 from ...balancer import Balancer
 from ...exchange import OneShotBody, Reply, Request, WholeBody
+from ...upstream.http1.network_stream import NetworkStream
 from ..translate import REDIRECTS, Translator
 from .errors import adopt
+from .network_stream import CoreStream
 
 
 class BalancedTransport(httpx2.AsyncBaseTransport):
@@ -65,6 +67,8 @@ class BalancedTransport(httpx2.AsyncBaseTransport):
             "pathlb": {"attempts": reply.attempts},
         }
         headers, body = reply.headers, reply.body
+        if reply.status == 101 and isinstance(stream := extensions.get("network_stream"), NetworkStream):
+            extensions["network_stream"] = CoreStream(stream)
         if reply.status in REDIRECTS:
             headers = self._translator.redirect_headers(reply, request.url.scheme, request.url.netloc)
         response = httpx2.Response(
