@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check coverage soak bench bench-overhead bench-faults format clean
+.PHONY: help demo test check coverage soak bench format clean
 
 help:
 	@echo "make demo      five emulated gateways, one killed and one slowed under load"
@@ -40,12 +40,11 @@ coverage: $(READY)
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak --timeout=1800
 
-bench: bench-overhead bench-faults
-
-bench-overhead: $(READY)
+bench: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group bench
+	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.in_flight
 	$(BIN)/python -m benchmarks.overhead
-
-bench-faults: $(READY)
 	$(BIN)/python -m benchmarks.faults
 
 format: $(READY)

@@ -23,13 +23,16 @@ from ..core.model import Endpoint
 from ..errors import PathlbError
 from ..testing import Fleet, Mode, ServiceTime
 from . import number
-from .report import closing_report
+from .report import closing_report, kept_up
 from .screen import Row, Screen, View, make_screen
 from .traffic import Ledger, open_loop, percentile
 
 FIRST_PORT = 3069
 _SERVICE_TIME = ServiceTime.constant(0.02)
 _SLOWER = 10
+_RATES = (2000.0, 1000.0, 500.0, 200.0)
+"""Requests a second, the first of them this machine can do: what five gateways of 400 each are for, and less."""
+_TRIAL = 1.0  # seconds a rate is tried
 _GRACE = 1.0  # seconds that requests in flight get when the demo is interrupted
 _REQUEST = b'{"jsonrpc":"2.0","id":1,"method":"eth_blockNumber","params":[]}'
 _HEADERS = {"Content-Type": "application/json", "Target-Service-Id": "eth"}
@@ -60,7 +63,7 @@ def play(fleet: Fleet) -> list[Phase]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Exit status: 0 if no request was lost, 1 if one was. Ctrl-C ends it with the report so far."
     parser.add_argument(
-        "--rate", type=number(1, 10_000), default=200.0, help="requests a second, in all (default %(default)g)"
+        "--rate", type=number(1, 10_000), help=f"requests a second, in all (default {_RATES[0]:g} if this machine can)"
     )
     parser.add_argument(
         "--seconds-per-phase", type=number(0.1, 3600), default=7.0, metavar="S", help="default %(default)g, five phases"
@@ -73,19 +76,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, script: Callable[[Fleet], list[Phase]] = play) -> int:
     """Play `script` to a client; the exit status is 1 if a request was lost."""
-    rate, seconds, count = options.rate, options.seconds_per_phase, options.gateways
+    seconds, count = options.seconds_per_phase, options.gateways
     ports = [port if _is_free(port) else 0 for port in range(FIRST_PORT, FIRST_PORT + count)]
     print(f"starting {count} emulated gateways ...", flush=True)
     with Fleet(ports=ports, processes=True, service_time=_SERVICE_TIME) as fleet:
         for gateway, port in zip(fleet, range(FIRST_PORT, FIRST_PORT + count), strict=True):
             if gateway.port != port:
                 print(f"port {port} is taken: {gateway.name} is on {gateway.port}")
-        demo = Demo(fleet, rate, seconds, script(fleet), make_screen(options.plain))
+        demo = Demo(fleet, options.rate or 0.0, seconds, script(fleet), make_screen(options.plain))
+        if not options.rate:
+            anyio.run(demo.find_rate)
         print(demo.introduction, flush=True)
         anyio.run(demo.run)
         instances = [_label(url) for url in fleet.urls]
     print()
-    print(closing_report(demo.ledger, instances, rate, demo.unfinished))
+    print(closing_report(demo.ledger, instances, demo.rate, demo.unfinished))
     return 1 if any(account.lost for account in demo.ledger.accounts) else 0
 
 
@@ -96,8 +101,9 @@ class Demo:
         self.ledger = Ledger()
         self.unfinished = 0
         """Requests neither answered nor lost: the end came first."""
+        self.rate = rate
+        """Requests a second; 0 until `find_rate` has found out."""
         self._fleet = fleet
-        self._rate = rate
         self._seconds = seconds
         self._phases = phases
         self._screen = screen
@@ -109,11 +115,27 @@ class Demo:
         """What is about to be seen, and which settings are not pathlb's own."""
         back = self._back_within
         return (
-            f"{self._rate:g} requests/s of {_SERVICE_TIME.mean * 1000:.0f} ms through one pathlb.AsyncClient, "
+            f"{self.rate:,g} requests/s of {_SERVICE_TIME.mean * 1000:.0f} ms through one pathlb.AsyncClient, "
             f"{len(self._phases)} phases of {self._seconds:g} s\n"
             f"pathlb's defaults, but shortened so that you see instances come back: Breaker(open_max={back:.2g}), "
             f"Outlier(eject_for={back:.2g}), SlowStart(window={back:.2g})"
         )
+
+    async def find_rate(self) -> None:
+        """Take the highest of some rates that this machine can do, with the gateways on it, and say so."""
+        for rate in _RATES:
+            self.ledger = Ledger()
+            account = self.ledger.open("trial")
+            async with AsyncClient(self._fleet.urls, idempotent=True) as client:
+                async with anyio.create_task_group() as requests:
+                    fire = partial(requests.start_soon, self._request, client)
+                    await open_loop(rate, _TRIAL, fire, account)
+            self.rate = rate
+            if kept_up(account, rate) and (percentile(account.latencies, 50) or 0.0) < 2 * _SERVICE_TIME.mean:
+                print(f"{rate:,g} requests/s: this machine can, with the gateways on it", flush=True)
+                break
+            print(f"{rate:,g} requests/s: more than this machine can, with the gateways on it", flush=True)
+        self.ledger = Ledger()
 
     async def run(self) -> None:
         """Play every phase, or until SIGINT or SIGTERM, and wait for the last answers."""
@@ -147,7 +169,7 @@ class Demo:
                 account = self.ledger.open(phase.name)
                 self._note(f"-- {phase.name}")
                 fire = partial(requests.start_soon, self._request, client)
-                await open_loop(self._rate, self._seconds, fire, account)
+                await open_loop(self.rate, self._seconds, fire, account)
             playing.cancel_scope.cancel()
             return False
         return True

@@ -16,6 +16,11 @@ def closing_report(ledger: Ledger, instances: Sequence[str], rate: float, unfini
     return "\n".join(_lines(ledger, instances, rate, unfinished))
 
 
+def kept_up(account: Account, rate: float) -> bool:
+    """Whether the requests were sent when they were due."""
+    return account.sent >= _KEPT_UP * account.due and account.rate >= _KEPT_UP * rate
+
+
 def _lines(ledger: Ledger, instances: Sequence[str], rate: float, unfinished: int) -> Iterator[str]:
     accounts = ledger.accounts
     total = sum(account.ended for account in accounts)
@@ -36,7 +41,7 @@ def _lines(ledger: Ledger, instances: Sequence[str], rate: float, unfinished: in
         ["phase", *instances],
         [[account.phase, *(f"{account.share(one):.0%}" for one in instances)] for account in accounts],
     )
-    if any(account.sent < _KEPT_UP * account.due or account.rate < _KEPT_UP * rate for account in accounts):
+    if not all(kept_up(account, rate) for account in accounts):
         yield ""
         yield "this machine did not keep up with the rate asked for: part of the latency is its own; lower --rate"
     if ledger.reasons:

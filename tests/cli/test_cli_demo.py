@@ -121,3 +121,15 @@ def test_a_taken_port_is_replaced_and_named(capsys: pytest.CaptureFixture[str]) 
     assert re.search(rf"port {demo.FIRST_PORT} is taken: gateway-0 is on \d+\n", output)
     assert "15 requests in" in output
     assert ": 0 lost, 0 retried" in output
+
+
+def test_the_rate_is_the_highest_this_machine_can_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "_RATES", (10_000_000.0, 20.0))
+    monkeypatch.setattr(demo, "_TRIAL", 0.2)
+    assert demo.run(options(rate=None), script=lambda fleet: [Phase("steady")]) == 0
+    output = capsys.readouterr().out
+    assert "1e+07 requests/s: more than this machine can" in output
+    assert "20 requests/s of 20 ms through one pathlb.AsyncClient" in output
+    assert "6 requests in" in output, "the trials are not in the report"

@@ -67,14 +67,14 @@ BOMB = gzip.compress(bytes(10_000_000))
 
 @dataclass(frozen=True)
 class Flood(Step):
-    """Informational replies, as long as the client takes them, ten every `gap` seconds."""
+    """Informational replies, as long as the client takes them, `at_once` of them every 0.01 seconds."""
 
-    gap: float = 0.01
+    at_once: int = 10
 
     def play(self, channel: _Channel) -> None:
         while True:
-            channel.sock.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n" * 10)
-            channel.wait(lambda: False, self.gap)
+            channel.sock.sendall(b"HTTP/1.1 103 Early Hints\r\n\r\n" * self.at_once)
+            channel.wait(lambda: False, 0.01)
 
 
 @dataclass(frozen=True)
@@ -394,7 +394,7 @@ async def test_1xx_flood_ends(stack: Stack, healthy: Fleet, anyio_backend: str) 
 @pytest.mark.parametrize("what", ["flood", "slow head"])
 async def test_head_that_never_ends_is_given_up(stack: Stack, healthy: Fleet, what: str) -> None:
     """With evidence of what is usual, an attempt far beyond it is given up and sent elsewhere."""
-    step = Flood(gap=0.05) if what == "flood" else SendSlowly(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 10_000, 0.01)
+    step = Flood(at_once=1) if what == "flood" else SendSlowly(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 10_000, 0.01)
     outlier = Outlier(overdue_floor=0.1, overdue_factor=1)
     with FaultServer(always(ReadRequest(), step)) as server:
         async with nothing_left():

@@ -210,13 +210,14 @@ class Connection(asyncio.Protocol):
             return
         reply = self.reply
         reader = self.reader
-        if reply is None:
-            self.close()  # nobody asked for these bytes
-            return
         try:
             reader.feed(data)
         except BadReply as exc:
             self.fail(Fault.REMOTE_PROTOCOL, str(exc))
+            return
+        if reply is None:
+            if reader.surplus:
+                self.close()  # nobody asked for these bytes
             return
         if reply.whole:
             self._due = math.inf

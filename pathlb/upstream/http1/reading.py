@@ -5,12 +5,14 @@
                      head --101--> tunnel
 
 `expect` names the reply that is filled next; bytes that nobody expects set `surplus`, after which the connection must
-not be used again: what follows may be read as the answer to somebody else's request.
+not be used again: what follows may be read as the answer to somebody else's request. (Not so bare line ends, which
+llhttp skips before a head: they can be part of no reply.)
 """
 
 from __future__ import annotations
 
 import enum
+import re
 from typing import Any, NoReturn, Protocol
 
 import httptools
@@ -20,6 +22,7 @@ from .settings import Pool
 
 _VERSIONS = {"1.1": b"HTTP/1.1", "1.0": b"HTTP/1.0"}
 _FRAMING_NAMES = frozenset(map(len, (b"content-length", b"transfer-encoding")))  # by their length: nearly free
+_BAD_REASON = re.compile(rb"[\0\v\f]")  # llhttp takes anything
 _HUGE_LENGTH = 15  # digits of a Content-Length: beyond any body, and where parsers begin to differ
 
 
@@ -63,6 +66,7 @@ class ReplyReader:
         "_fields",
         "_head_only",
         "_informational",
+        "_long",
         "_parser",
         "_reason",
         "_refusal",
@@ -116,9 +120,11 @@ class ReplyReader:
         """Take in bytes. Raises `BadReply`, and then the reply is as complete as it will get."""
         reply = self._reply
         if reply is None:
-            self.surplus = True
+            if data.strip(b"\r\n"):
+                self.surplus = True
             return
-        headed, held = reply.headed, reply.held
+        self._long = self._fed + len(data) > self._settings.max_head  # then the head is to be measured
+        headed, held, informational = reply.headed, reply.held, self._informational
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as exc:
@@ -132,12 +138,9 @@ class ReplyReader:
                 raise BadReply(self._explain(exc)) from None
             self.surplus = True  # the reply is whole; what came behind it ends the connection
         if self.phase is _HEAD:
-            self._count(len(data), "the head of the reply")
-        elif not headed:
-            if self._fed + len(data) > self._settings.max_head:
-                self._measure_head(reply)
-            self._fed = 0
-        elif reply.held > held:
+            if self._informational == informational:  # else they are of two heads, and measured when the next is whole
+                self._count(len(data), "the head of the reply")
+        elif not headed or reply.held > held:
             self._fed = 0
         elif not reply.whole:
             self._count(len(data), "what the chunks of the reply bring beside their data")
@@ -176,7 +179,7 @@ class ReplyReader:
         self._reason += text  # in pieces, if it came so
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._fields.append((name, value))
+        self._fields.append((name, value.rstrip(b" \t")))
         if len(name) in _FRAMING_NAMES:
             self._check_framing(name.lower(), value)
 
@@ -184,6 +187,8 @@ class ReplyReader:
         reply = self._reply
         if reply is None:
             return
+        if self._long or self._informational:
+            self._check_size(reply.headers, "the head of the reply")
         status = self._parser.get_status_code()
         if 100 <= status < 200 and status != 101:
             self._inform(reply, status)
@@ -195,6 +200,8 @@ class ReplyReader:
         reply.status = status
         reply.version = version
         reply.reason = self._reason
+        if self._reason != b"OK" and _BAD_REASON.search(self._reason):
+            self._refuse("the reason phrase of the reply holds characters that are not allowed there")
         if status == 101:
             if not self._upgrades:
                 self._refuse("the server switches protocols (101), and nobody asked it to")
@@ -220,13 +227,18 @@ class ReplyReader:
         reply = self._reply
         if reply is not None and self.phase is _BODY:
             self._check_count(reply.trailers)
+            if reply.trailers:
+                self._check_size(reply.trailers, "the trailer of the reply")
             self.keep_alive = self._parser.should_keep_alive()
+            if reply.version == b"HTTP/1.0":
+                self.keep_alive = _persists(reply.version, reply.headers)
             self._finish(reply)
 
     # --- the inside
 
     def _inform(self, reply: Incoming, status: int) -> None:
         reply.headers.clear()
+        self._fed = 0
         self._informational += 1
         if self._informational > self._settings.max_informational:
             self._refuse(f"more than {self._settings.max_informational} informational replies (Pool.max_informational)")
@@ -243,16 +255,16 @@ class ReplyReader:
             self._refuse(f"the reply has more than {self._settings.max_fields} header fields (Pool.max_fields)")
 
     def _check_framing(self, name: bytes, value: bytes) -> None:
-        if name == b"transfer-encoding" and value.lower() != b"chunked":
-            self._refuse("the reply has a Transfer-Encoding other than chunked")
+        if name == b"transfer-encoding" and (
+            value.rstrip(b" ").lower() != b"chunked" or any(other.lower() == name for other, _ in self._fields[:-1])
+        ):
+            self._refuse("the reply has a Transfer-Encoding other than chunked, or two")
         if name == b"content-length" and len(value) > _HUGE_LENGTH:
             self._refuse("the reply has a Content-Length no body can have")
 
-    def _measure_head(self, reply: Incoming) -> None:
-        """The head came together with more than a head may have: look how much of it there was."""
-        if sum(len(name) + len(value) + 4 for name, value in reply.headers) > self._settings.max_head:
-            reply.headed = reply.whole = False
-            raise BadReply(f"the head of the reply has more than {self._settings.max_head} bytes (Pool.max_head)")
+    def _check_size(self, fields: Headers, what: str) -> None:
+        if sum(len(name) + len(value) + 4 for name, value in fields) > self._settings.max_head:
+            self._refuse(f"{what} has more than {self._settings.max_head} bytes (Pool.max_head)")
 
     def _count(self, size: int, what: str) -> None:
         self._fed += size
@@ -271,8 +283,15 @@ class ReplyReader:
 
 
 def _persists(version: bytes, headers: Headers) -> bool:
-    """Whether the connection outlives a reply that llhttp takes to have a body (RFC 9112 9.3)."""
-    tokens = {
-        token.strip().lower() for name, value in headers if name.lower() == b"connection" for token in value.split(b",")
-    }
-    return b"close" not in tokens and (version == b"HTTP/1.1" or b"keep-alive" in tokens)
+    """Whether the connection outlives the reply (RFC 9112 9.3; 6.1 for chunks in HTTP/1.0). llhttp would keep it after
+    `keep-alive, close` in HTTP/1.0, and for a Proxy-Connection.
+    """
+    tokens: set[bytes] = set()
+    chunked = False
+    for name, value in headers:
+        size = len(name)
+        if size == 10 and name.lower() == b"connection":
+            tokens.update(token.strip().lower() for token in value.split(b","))
+        elif size == 17 and name.lower() == b"transfer-encoding":
+            chunked = True
+    return b"close" not in tokens and (version == b"HTTP/1.1" or (b"keep-alive" in tokens and not chunked))
