@@ -100,7 +100,10 @@ class Attempter:
                 _end_span(span, outcome, reply, error)
             if not ended:
                 self._release(lease)
-        return reply, error, outcome
+        try:
+            return reply, error, outcome
+        finally:
+            del error  # its traceback holds this frame, which must not hold it
 
     def classify(self, request: Request, error: UpstreamError, lease: Lease) -> Outcome:
         """What a failure says, and whether it says it about the endpoint at all."""

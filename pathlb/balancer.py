@@ -300,7 +300,10 @@ class Balancer:
                 self.release(lease)
                 assert error is not None
                 error.attempts = tuple(attempts)
-                raise error
+                try:
+                    raise error
+                finally:
+                    del error  # its traceback holds this frame, which must not hold it
             await self._discard(reply, lease)
             if decision.wait:
                 slept += decision.wait

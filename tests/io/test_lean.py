@@ -56,7 +56,7 @@ def facts(request: Any) -> tuple[Any, ...]:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    method=st.sampled_from(["GET", "POST", "post", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]),
+    method=st.sampled_from(["GET", "POST", "post", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "QUERY"]),
     url=URLS,
     content=CONTENT,
     json=JSON,
@@ -190,6 +190,53 @@ async def test_what_needs_more_takes_the_long_way(stack: Stack, fleet: Fleet) ->
     assert sum(any(name == b"Authorization" for name, _ in one.headers) for one in sent) == 3
     with pytest.raises(RuntimeError, match="closed"):
         await client.get("/")
+
+
+@pytest.mark.anyio
+async def test_a_location_that_is_no_url_is_what_it_is_to_the_library(stack: Stack) -> None:
+    outcomes = []
+    with Site(lambda request: Answer(302, [("Location", "http://x:abc/")], b"")) as site:
+        async with stack.pathlb.AsyncClient([site.url]) as client:
+            for _ in range(3):
+                try:
+                    outcomes.append((await client.get("/")).next_request)
+                except stack.http.RemoteProtocolError as exc:
+                    outcomes.append(type(exc))
+    assert len(set(outcomes)) == 1, outcomes
+
+
+@pytest.mark.anyio
+async def test_patches_and_replacements_are_met_by_every_request(
+    stack: Stack, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As instrumentation and tests of other people do them: on the library's class, a subclass, or one client."""
+    met: list[str] = []
+
+    class Own(stack.pathlb.AsyncClient):  # type: ignore[name-defined,misc]
+        async def _send_single_request(self, request: Any) -> Any:
+            met.append("subclass")
+            return await super()._send_single_request(request)
+
+    async with Own(fleet.urls) as client:
+        for _ in range(3):
+            await client.get("/")
+    assert met == ["subclass"] * 3
+
+    async with stack.pathlb.AsyncClient(fleet.urls) as client:
+        await client.get("/")
+        original = stack.http.AsyncClient.send
+
+        async def send(self: Any, *args: Any, **kwargs: Any) -> Any:
+            met.append("class")
+            return await original(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stack.http.AsyncClient, "send", send)
+            for _ in range(3):
+                await client.get("/")
+        assert met[3:] == ["class"] * 3
+        client._transport = stack.http.MockTransport(lambda request: stack.http.Response(299))
+        assert [(await client.get("/")).status_code for _ in range(3)] == [299] * 3
 
 
 @pytest.mark.anyio

@@ -1,12 +1,9 @@
-"""An `httpx2.AsyncClient` that is balanced, and spends less than httpx2's own on what most requests do not need."""
+"""An `httpx2.AsyncClient` that is balanced over several endpoints."""
 
 from __future__ import annotations
 
-import logging
 import ssl
-import time
 from collections.abc import Callable, Iterable, Mapping
-from datetime import timedelta
 from typing import Any, Unpack
 
 import httpx2
@@ -18,18 +15,14 @@ from ...core.model import Endpoint
 from ...upstream.default import Upstreams
 from ...upstream.http1 import Pool
 from ..translate import PLACEHOLDER, Translator
-from .lean import LeanRequests
+from .lean import LeanClient
 from .transport import BalancedTransport
-
-logger = logging.getLogger("httpx2")
-
-_URLS_KEPT = 256
 
 DEFAULT_TIMEOUT = httpx2.Timeout(connect=0.5, read=15.0, write=15.0, pool=None)
 """Per attempt, in seconds. A relay may take 10; `pool`, the wait in the queue, is left to `Limits.queue_timeout`."""
 
 
-class AsyncClient(httpx2.AsyncClient):
+class AsyncClient(LeanClient):
     """An `httpx2.AsyncClient` whose requests are balanced over several endpoints.
 
     `endpoints` is a list of URLs or `Endpoint`s, or a `Balancer` made elsewhere (which is then not closed with the
@@ -96,14 +89,8 @@ class AsyncClient(httpx2.AsyncClient):
                 )
             self.balancer = Balancer(endpoints, **options)
         origin = _base_url(base_url or f"{self.balancer.scheme}://{PLACEHOLDER}")
-        balanced = self._balanced = BalancedTransport(self.balancer)
+        balanced = BalancedTransport(self.balancer)
         balanced._translator = Translator(self.balancer, host=host, origin=(origin.scheme, origin.netloc))
-        self._balances_all = not mounts
-        self._plain = False
-        self._lean = LeanRequests()
-        self._encoding = default_encoding
-        self._merged: dict[str | None, httpx2.URL] = {}
-        self._merged_with: httpx2.URL | None = None
         super().__init__(
             auth=auth,
             params=params,
@@ -137,117 +124,6 @@ class AsyncClient(httpx2.AsyncClient):
             await super().aclose()
         finally:
             await self._close_balancer()
-
-    async def send(
-        self,
-        request: httpx2.Request,
-        *,
-        stream: bool = False,
-        auth: Any = httpx2.USE_CLIENT_DEFAULT,
-        follow_redirects: Any = httpx2.USE_CLIENT_DEFAULT,
-    ) -> httpx2.Response:
-        """As httpx2's, which is what is called when there is more to do than to send the request and read its reply."""
-        if (
-            stream
-            or auth is not httpx2.USE_CLIENT_DEFAULT
-            or follow_redirects is not httpx2.USE_CLIENT_DEFAULT
-            or not self._plain
-            or self.is_closed
-            or self.follow_redirects
-            or self.auth is not None
-            or any(self.event_hooks.values())
-            or request.url.userinfo
-            or "timeout" not in request.extensions
-            or not isinstance(request.stream, httpx2.ByteStream)
-        ):
-            self._plain = self._balances_all  # the first request is the base class's, which notes that it is in use
-            return await super().send(request, stream=stream, auth=auth, follow_redirects=follow_redirects)
-        start = time.perf_counter()
-        response = await self._balanced.handle_async_request(request)
-        response.default_encoding = self._encoding
-        if logger.isEnabledFor(logging.INFO):
-            logger.info(
-                'HTTP Request: %s %s "%s %d %s"',
-                request.method,
-                request.url,
-                response.http_version,
-                response.status_code,
-                response.reason_phrase,
-            )
-        if "set-cookie" in response.headers:
-            self.cookies.extract_cookies(response)
-        try:
-            if response.has_redirect_location:
-                response.next_request = self._build_redirect_request(request, response)
-            if isinstance(response.stream, httpx2.ByteStream):
-                response.read()
-            else:
-                await response.aread()
-        except BaseException:
-            await response.aclose()
-            raise
-        response.elapsed = timedelta(seconds=time.perf_counter() - start)
-        return response
-
-    def build_request(
-        self,
-        method: str,
-        url: httpx2.URL | str,
-        *,
-        content: Any = None,
-        data: Any = None,
-        files: Any = None,
-        json: Any = None,
-        params: Any = None,
-        headers: Any = None,
-        cookies: Any = None,
-        timeout: Any = httpx2.USE_CLIENT_DEFAULT,
-        extensions: Any = None,
-    ) -> httpx2.Request:
-        """As httpx2's, which is what is called where there is more to merge than headers."""
-        if (
-            data is None
-            and files is None
-            and params is None
-            and cookies is None
-            and extensions is None
-            and timeout is httpx2.USE_CLIENT_DEFAULT
-            and not self.cookies
-            and not self.params
-        ):
-            timeouts = {"timeout": self.timeout.as_dict()}
-            request = self._lean.build(method, self._merge_url(url), content, json, headers, self.headers, timeouts)
-            if request is not None:
-                return request
-        return super().build_request(
-            method,
-            url,
-            content=content,
-            data=data,
-            files=files,
-            json=json,
-            params=params,
-            headers=headers,
-            cookies=cookies,
-            timeout=timeout,
-            extensions=extensions,
-        )
-
-    def _merge_url(self, url: httpx2.URL | str) -> httpx2.URL:
-        # Most clients ask for few different URLs, and merging one takes longer than all that is balanced for it.
-        if self.base_url is not self._merged_with:
-            self._merged_with = self.base_url
-            self._merged.clear()
-        key = url if isinstance(url, str) else None
-        if key in self._merged:
-            return self._merged[key]
-        # `//host/x` names a host: the base class would drop it and send `/x` to the gateways.
-        if str(url).startswith("//"):
-            url = f"{self.base_url.scheme}:{url}"
-        merged = super()._merge_url(url)
-        if key is not None and len(self._merged) < _URLS_KEPT:
-            self._merged[key] = merged
-        return merged
 
     async def _close_balancer(self) -> None:
         if self._owns_balancer:

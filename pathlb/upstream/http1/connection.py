@@ -58,6 +58,7 @@ class Connection(asyncio.Protocol):
         "_sent",
         "_settings",
         "_timer",
+        "_wakes_at",
         "_write_waiter",
         "_writing_paused",
         "idle_since",
@@ -66,6 +67,7 @@ class Connection(asyncio.Protocol):
         "reader",
         "reply",
         "retire_at",
+        "secure",
         "state",
         "transport",
         "tunnel",
@@ -83,6 +85,8 @@ class Connection(asyncio.Protocol):
         """What is being read."""
         self.used = False
         """It has carried a request before."""
+        self.secure = False
+        """It speaks TLS."""
         self.idle_since = 0.0
         self.retire_at = math.inf
         self.info: InfoStream
@@ -98,6 +102,7 @@ class Connection(asyncio.Protocol):
         self._due = math.inf  # when what is waited for is overdue, on the loop's clock
         self._fault = Fault.READ_TIMEOUT
         self._timer: asyncio.TimerHandle | None = None
+        self._wakes_at = math.inf  # when the timer does; uvloop's do not all say
         self._poll: Any = None
 
     # --- a request
@@ -150,7 +155,12 @@ class Connection(asyncio.Protocol):
     def unwanted(self) -> bool:
         """Nobody reads the rest of the request: the connection is gone, or the reply is an error before its end."""
         reply = self.reply
-        return self.state is _CLOSED or reply is None or (reply.headed and reply.status >= 400)
+        return (
+            self.state is _CLOSED
+            or reply is None
+            or (reply.headed and reply.status >= 400)
+            or self.transport.is_closing()
+        )
 
     def sent(self, *, completely: bool) -> None:
         """The request was written, or as much as anybody wants of it: then the connection ends with the reply."""
@@ -172,26 +182,30 @@ class Connection(asyncio.Protocol):
         self._expect(timeout, Fault.READ_TIMEOUT)
 
     def _expect(self, timeout: float | None, fault: Fault) -> None:
-        if timeout is None:
+        if timeout is None or timeout == math.inf:
             self._due = math.inf
             return
         due = self._due = self.loop.time() + timeout
         self._fault = fault
-        timer = self._timer
         # The timer is left where it is when it comes early enough: it looks, and goes on to the time that holds then.
         # Nearly all requests end long before, and a timer each would cost more than all else here. Its context is a
         # fresh one: it outlives the request that happens to set it.
-        if timer is None or timer.when() > due:
-            if timer is not None:
-                timer.cancel()
-            self._timer = self.loop.call_at(due, self._look, context=Context())
+        if due < self._wakes_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._wake_at(due)
+
+    def _wake_at(self, when: float) -> None:
+        self._wakes_at = when
+        self._timer = self.loop.call_at(when, self._look, context=Context())
 
     def _look(self) -> None:
         self._timer = None
+        self._wakes_at = math.inf
         if self._due == math.inf:
             return
         if self.loop.time() < self._due:
-            self._timer = self.loop.call_at(self._due, self._look, context=Context())
+            self._wake_at(self._due)
             return
         waited = "sent nothing" if self._fault is Fault.READ_TIMEOUT else "took nothing of the request"
         self.fail(self._fault, f"the server {waited} for as long as the timeout")
@@ -200,13 +214,17 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
+        self.secure = transport.get_extra_info("ssl_object") is not None
         self.info = InfoStream(transport)
-        # As httpx means it: written is what the system has taken, so a write timeout is about the server.
+        # As httpx means it: written is what the system has taken, so a write timeout is about the server. (TLS has a
+        # buffer of its own below: there the request goes out in slices, and this holds for all but the last.)
         transport.set_write_buffer_limits(high=0)
 
     def data_received(self, data: bytes) -> None:
         if self.tunnel is not None:
             self.tunnel.feed(data)
+            return
+        if self.state is _CLOSED:
             return
         reply = self.reply
         reader = self.reader
@@ -248,7 +266,7 @@ class Connection(asyncio.Protocol):
         reply = self.reply
         if self.tunnel is not None:
             self.tunnel.end()
-            return self.transport.get_extra_info("ssl_object") is None  # half closed: it may still be written to
+            return not self.secure  # half closed: it may still be written to
         if reply is not None:
             try:
                 self.reader.end()
@@ -262,13 +280,17 @@ class Connection(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if exc is None:
-            self.fail(Fault.READ, "the connection was closed")
-        else:
+        if exc is None and self.state is not _CLOSED:
+            self.eof_received()  # uvloop does not tell where TLS ends without a close_notify
+        elif exc is not None:
             detail = reason_of(exc) if isinstance(exc, OSError) else str(exc)
             self.fail(Fault.READ, detail or type(exc).__name__, local=is_local([exc]))
         self.close()
         self.reader.detach()
+        self.gone()
+
+    def gone(self) -> None:
+        """There is nothing behind this any more."""
         if self.tunnel is not None:
             self.tunnel.end()
         self._owner.lost(self)
@@ -294,7 +316,7 @@ class Connection(asyncio.Protocol):
         """
         if self._poll is None:
             sock = self.transport.get_extra_info("socket")
-            if self.transport.get_extra_info("ssl_object") is not None or sock is None:
+            if self.secure or sock is None:
                 return False
             self._poll = select.poll()
             self._poll.register(sock.fileno(), select.POLLIN)
@@ -303,7 +325,9 @@ class Connection(asyncio.Protocol):
     def fail(self, fault: Fault, detail: str, *, local: bool = False) -> None:
         """End the request in progress, if there is one, with an error, and the connection."""
         reply = self.reply
-        if reply is not None and not reply.whole and reply.error is None:
+        if self.tunnel is not None and self.state is _TUNNEL:
+            self.tunnel.fail(fault, detail)
+        elif reply is not None and not reply.whole and reply.error is None:
             reply.error = UpstreamError(
                 fault, Sent.MAYBE_SENT, self.url, detail, local=local, reused=self.used and not reply.headed
             )

@@ -61,6 +61,8 @@ class Dialer:
             raise self._error(Fault.CONNECT_TIMEOUT, f"no {step} within {timeout:g} s") from None
         except OSError as exc:  # ssl.SSLError is one
             raise self._error(Fault.CONNECT, reason_of(exc), local=is_local([exc])) from exc
+        except ValueError as exc:  # a name that no resolver takes, or no certificate can have
+            raise self._error(Fault.CONNECT, f"the name cannot be used: {exc}") from exc
         except ExceptionGroup as group:
             causes = list(causes_of(group))
             reasons = {reason_of(cause) for cause in causes if isinstance(cause, OSError)}
@@ -76,6 +78,8 @@ class Dialer:
         """The addresses of the name, families taking turns (RFC 8305)."""
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(self._endpoint.host, self._endpoint.port, type=socket.SOCK_STREAM)
+        if not found:
+            raise OSError(f"no address for {self._endpoint.host}")
         families: dict[int, list[Address]] = {}
         for family, _, _, _, address in found:
             families.setdefault(family, []).append((family, address))
@@ -118,7 +122,7 @@ class Dialer:
                     result.close()
         raise ExceptionGroup(
             "no address of the name can be reached",
-            [exc for task in tasks if isinstance(exc := task.exception(), OSError)],
+            [exc for task in tasks if isinstance(exc := task.exception(), Exception)],
         )
 
     async def _wrap(self, sock: socket.socket, make: Callable[[], Connection], server_hostname: str) -> Connection:
@@ -143,12 +147,12 @@ class Dialer:
 
 async def _first_success(tasks: list[asyncio.Task[socket.socket]], seconds: float | None) -> socket.socket | None:
     """The socket of the first task to connect; None when all have failed, or after `seconds`."""
-    pending = {task for task in tasks if not task.done()}
+    pending = set(tasks)
     while pending:
         done, pending = await asyncio.wait(pending, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            return None
         for task in done:
             if task.exception() is None:
                 return task.result()
-        if not done:
-            return None
     return None

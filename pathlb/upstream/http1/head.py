@@ -14,7 +14,7 @@ _SPECIAL = frozenset({b"host", b"content-length", b"transfer-encoding", b"connec
 
 _LINE = b": ".join
 
-_BODY_EXPECTED = frozenset({"POST", "PUT", "PATCH"})
+_BODY_EXPECTED = frozenset({"POST", "PUT", "PATCH", "QUERY"})
 """Methods whose empty body is announced (RFC 9110 8.6)."""
 
 # Callers use a few dozen methods and names; those that passed are not looked at again. One who makes them up must not

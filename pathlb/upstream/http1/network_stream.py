@@ -28,15 +28,19 @@ class NetworkStream:
         self._ended = False
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
+        self._failure: tuple[Fault, str] | None = None
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """Between 1 and `max_bytes` bytes, or none at the end of the stream."""
         while not self._buffer and not self._ended:
+            self._check()
             self._waiter = self._connection.loop.create_future()
             try:
                 await self._within(timeout, self._waiter, Fault.READ_TIMEOUT)
             finally:
                 self._waiter = None
+        if not self._buffer:
+            self._check()
         data = bytes(self._buffer[:max_bytes])
         del self._buffer[:max_bytes]
         if self._paused and len(self._buffer) <= _HELD:
@@ -46,12 +50,13 @@ class NetworkStream:
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """Hand all of it to the system."""
-        if self._connection.transport.is_closing():
+        connection = self._connection
+        self._check()
+        if not connection.transport.is_closing() and not connection.write(buffer):
+            await connection.drained(timeout)
+        self._check()
+        if connection.transport.is_closing():
             raise self._error(Fault.WRITE, "the connection is closed")
-        if not self._connection.write(buffer):
-            await self._connection.drained(timeout)
-        if self._connection.transport.is_closing():
-            raise self._error(Fault.WRITE, "the connection was closed while it was written to")
 
     async def aclose(self) -> None:
         """Close it. What the system has not taken yet is lost; `write` waits for that."""
@@ -70,9 +75,14 @@ class NetworkStream:
                 ),
                 Fault.CONNECT_TIMEOUT,
             )
-        except OSError as exc:
+        except BaseException as exc:
             connection.close()
-            raise self._error(Fault.CONNECT, reason_of(exc)) from exc
+            connection.gone()  # asyncio does not tell of a handshake that was given up
+            if isinstance(exc, OSError):
+                raise self._error(Fault.CONNECT, reason_of(exc)) from exc
+            raise
+        connection.secure = True
+        connection.transport.set_write_buffer_limits(high=0)
         return self
 
     def get_extra_info(self, info: str) -> Any:
@@ -95,6 +105,15 @@ class NetworkStream:
         """No more will come."""
         self._ended = True
         self._wake()
+
+    def fail(self, fault: Fault, detail: str) -> None:
+        """No more will come, and that is a failure."""
+        self._failure = (fault, detail)
+        self.end()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._error(*self._failure)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

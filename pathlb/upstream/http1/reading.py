@@ -220,6 +220,8 @@ class ReplyReader:
         if reply is None:
             self.surplus = True
             return
+        if self.phase is not _BODY:
+            self._refuse("an informational reply with a body")
         reply.parts.append(data)
         reply.held += len(data)
 

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from ...errors import UpstreamError
+from ...core.model import Sent
+from ...errors import Fault, UpstreamError
 from ...exchange import Headers
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ class IncomingReply:
         self.waiter: asyncio.Future[None] | None = None
         """Set while somebody waits for more."""
 
+    def check(self) -> None:
+        """Raise the failure, if there is one."""
+        if self.error is not None:
+            raise self.error
+
     async def more(self) -> None:
         """Wait until there is more of the reply, or its failure; for at most the read timeout."""
         connection = self._connection
@@ -85,8 +91,7 @@ class IncomingReply:
 
     async def __anext__(self) -> bytes:
         while not self.parts:
-            if self.error is not None:
-                raise self.error
+            self.check()
             if self.whole:
                 raise StopAsyncIteration
             await self.more()
@@ -98,5 +103,10 @@ class IncomingReply:
     async def aclose(self) -> None:
         """Done with it: a connection whose reply is not whole is closed, what would still come is nobody's."""
         self.parts = []
-        if not self.whole:
-            self._connection.abandon(self)
+        if self.whole or self.error is not None:
+            return
+        self.error = UpstreamError(
+            Fault.READ, Sent.MAYBE_SENT, self._connection.url, "the reply was closed before its body was read"
+        )
+        self._connection.abandon(self)
+        self.wake()

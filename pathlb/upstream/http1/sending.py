@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 from ...core.model import Sent
 from ...errors import Fault, UpstreamError
 from ...exchange import OneShotBody, Request
 from .connection import Connection
 from .head import Head
+
+SLICE = 65_536
+"""Bytes written at once over TLS, whose transport takes any amount and says it is with the system."""
 
 _GO_AHEAD = 1.0  # seconds to wait for a 100 (Continue), curl's: a server that does not know it says nothing
 
@@ -32,14 +35,13 @@ async def send_with_body(connection: Connection, head: Head, request: Request) -
         async for part in parts:
             if connection.unwanted:
                 break
-            if not part:
-                continue
             if left is not None:
                 left -= len(part)
                 if left < 0:
                     raise _wrong_length(connection, head, "more")
-            if not connection.write(part if left is not None else b"%x\r\n%b\r\n" % (len(part), part)):
-                await connection.drained(timeout)
+            for piece in _slices(part) if connection.secure else (part,):
+                if piece and not connection.write(piece if left is not None else b"%x\r\n%b\r\n" % (len(piece), piece)):
+                    await connection.drained(timeout)
         else:
             completely = not connection.unwanted
     finally:
@@ -51,6 +53,10 @@ async def send_with_body(connection: Connection, head: Head, request: Request) -
         if left is None and not connection.write(b"0\r\n\r\n"):
             await connection.drained(timeout)
     connection.sent(completely=completely)
+
+
+def _slices(part: bytes) -> Iterator[bytes]:
+    return (part[at : at + SLICE] for at in range(0, len(part), SLICE))
 
 
 def _parts(body: bytes | OneShotBody) -> AsyncIterator[bytes]:

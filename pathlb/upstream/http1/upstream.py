@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import random
 import ssl
@@ -17,11 +18,13 @@ from .dial import Dialer
 from .head import Head, InvalidRequest, write_head
 from .network_stream import TunnelBody
 from .reply import IncomingReply
-from .sending import send_with_body
+from .sending import SLICE, send_with_body
 from .settings import Pool
 
 _LIFETIME_JITTER = 0.1
 _WARM_TIMEOUT = 5.0  # seconds to connect ahead of need
+_WARM_AGAIN = 1.0  # seconds between tries to
+_CLOSE_TIMEOUT = 1.0  # seconds to wait for the last connections to be closed
 
 
 class Http1Upstream:
@@ -53,7 +56,8 @@ class Http1Upstream:
         self._dialling = 0
         self._sweeper: asyncio.TimerHandle | None = None
         self._closed = False
-        self._emptied: asyncio.Future[None] | None = None
+        self._thinned = asyncio.Event()
+        """A connection was lost, or the pool closed."""
 
     # --- a request
 
@@ -75,11 +79,11 @@ class Http1Upstream:
         try:
             await self._write(connection, head, request)
             while not reply.headed:
-                if reply.error is not None:
-                    raise reply.error
+                reply.check()
                 await reply.more()
         except BaseException:
             connection.abandon(reply)
+            reply.error = None  # whose traceback holds this frame, and so the reply
             raise
         if reply.whole:
             body: WholeBody | IncomingReply | TunnelBody = WholeBody(reply.take())
@@ -99,7 +103,12 @@ class Http1Upstream:
 
     async def _write(self, connection: Connection, head: Head, request: Request) -> None:
         body = request.body
-        if isinstance(body, bytes) and head.length is not None and not head.expects:
+        if (
+            isinstance(body, bytes)
+            and head.length is not None
+            and not head.expects
+            and (len(body) <= SLICE or not connection.secure)
+        ):
             if not connection.write(head.data + body if body else head.data):
                 await connection.drained(request.timeouts.write)
             connection.sent(completely=True)
@@ -137,15 +146,23 @@ class Http1Upstream:
                 local=True,
             )
         loop = asyncio.get_running_loop()
+        make = partial(Connection, loop, self, self._settings, self._endpoint.url)
+        # In a context of its own: the connection keeps it for as long as it lives, and the request's is not its.
+        dial = loop.create_task(self._dialer.dial(make, timeout, server_hostname), context=Context())
         self._dialling += 1
         try:
-            connection = await self._dialer.dial(
-                partial(Connection, loop, self, self._settings, self._endpoint.url), timeout, server_hostname
-            )
+            connection = await dial
+        except asyncio.CancelledError:
+            if dial.done() and not dial.cancelled() and dial.exception() is None:
+                dial.result().close()  # connected and cancelled at once
+            raise
         finally:
             self._dialling -= 1
-        if connection.state is not State.CLOSED:  # it may have been before anybody had it
-            self._open.add(connection)
+        if connection.state is State.CLOSED:
+            raise UpstreamError(
+                Fault.CONNECT, Sent.NOT_SENT, self._endpoint.url, "the server closed the connection before a request"
+            )
+        self._open.add(connection)
         life = self._settings.max_lifetime
         if life < math.inf:
             connection.retire_at = loop.time() + life * (1 - _LIFETIME_JITTER * self._rng.random())
@@ -164,15 +181,15 @@ class Http1Upstream:
         """Keep at least `min_connections` open, until the pool is closed."""
         while not self._closed:
             missing = self._settings.min_connections - len(self._open) - self._dialling
-            made = await asyncio.gather(
-                *(self._dial(_WARM_TIMEOUT, None) for _ in range(missing)), return_exceptions=True
-            )
-            for one in made:
-                if isinstance(one, Connection):
-                    self.put(one)
-                elif not isinstance(one, UpstreamError):
-                    raise one
-            await asyncio.sleep(self._settings.keepalive_expiry or _WARM_TIMEOUT)
+            await asyncio.gather(*(self._add_idle() for _ in range(missing)))
+            self._thinned.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_WARM_AGAIN):  # the endpoint may have been down
+                    await self._thinned.wait()
+
+    async def _add_idle(self) -> None:
+        with contextlib.suppress(UpstreamError):
+            self.put(await self._dial(_WARM_TIMEOUT, None))
 
     async def aclose(self) -> None:
         """Close every connection, those in use too; returns when they are closed."""
@@ -183,9 +200,12 @@ class Http1Upstream:
         self._idle.clear()
         for connection in list(self._open):
             connection.fail(Fault.READ, "the connection pool was closed")
-        if self._open:
-            self._emptied = asyncio.get_running_loop().create_future()
-            await self._emptied
+        self._thinned.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_TIMEOUT):  # the event loop tells of each, except of TLS half set up
+                while self._open:
+                    self._thinned.clear()
+                    await self._thinned.wait()
 
     def put(self, connection: Connection) -> None:
         """A connection is idle (`connection.Owner`)."""
@@ -194,14 +214,13 @@ class Http1Upstream:
             return
         connection.idle_since = connection.loop.time()
         self._idle.append(connection)
-        if self._sweeper is None:
+        if self._sweeper is None and self._settings.keepalive_expiry < math.inf:
             self._sweep_at(connection.loop, connection.idle_since + self._settings.keepalive_expiry)
 
     def lost(self, connection: Connection) -> None:
         """A connection is closed (`connection.Owner`)."""
         self._open.discard(connection)
-        if self._emptied is not None and not self._open and not self._emptied.done():
-            self._emptied.set_result(None)
+        self._thinned.set()
 
     def _sweep_at(self, loop: asyncio.AbstractEventLoop, when: float) -> None:
         self._sweeper = loop.call_at(when, self._sweep, loop, context=Context())
