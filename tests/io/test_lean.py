@@ -166,6 +166,17 @@ async def test_a_response_is_what_httpx_would_have_made_of_it(
 
 
 @pytest.mark.anyio
+async def test_the_short_way_is_taken(stack: Stack, fleet: Fleet) -> None:
+    """Or nothing here would be tested: from the second request on, httpx's bound streams are not made."""
+    async with stack.pathlb.AsyncClient(fleet.urls) as client:
+        kinds = [type((await client.get("/")).stream).__name__ for _ in range(3)]
+        streamed = await client.send(client.build_request("GET", "/"), stream=True)
+        kinds.append(type(streamed.stream).__name__)
+        await streamed.aclose()
+    assert [kind == "BoundAsyncStream" for kind in kinds] == [True, False, False, True]
+
+
+@pytest.mark.anyio
 async def test_what_needs_more_takes_the_long_way(stack: Stack, fleet: Fleet) -> None:
     """Hooks, auth and redirects that are set later, or for one request."""
     called: list[str] = []

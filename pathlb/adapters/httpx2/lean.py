@@ -8,10 +8,10 @@ all. Whatever somebody set, replaced or patched sends a request httpx2's own way
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import time
 from datetime import timedelta
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -37,8 +37,10 @@ def _steps() -> tuple[Any, ...]:
 
 _STEPS = _steps()
 _HTTPX_OWN = all(
-    type(step) is FunctionType and step.__code__.co_filename == inspect.getfile(httpx2.AsyncClient) for step in _STEPS
+    type(step) is FunctionType and Path(step.__code__.co_filename).parent == Path(httpx2.__file__).parent
+    for step in _STEPS
 )
+"""They were not patched before this module was imported."""
 
 
 class LeanClient(httpx2.AsyncClient):
@@ -48,8 +50,8 @@ class LeanClient(httpx2.AsyncClient):
         self, *, transport: httpx2.AsyncBaseTransport, mounts: Any, default_encoding: Any, **options: Any
     ) -> None:
         super().__init__(transport=transport, mounts=mounts, default_encoding=default_encoding, **options)
-        inherited = all(getattr(type(self), step.__name__) is step for step in _STEPS[1:]) if _HTTPX_OWN else False
-        self._lean_transport = transport if inherited and not mounts else None
+        inherited = all(getattr(type(self), step.__name__) is step for step in _STEPS[1:])
+        self._lean_transport = transport if _HTTPX_OWN and inherited and not mounts else None
         self._in_use = False
         self._encoding = default_encoding
         self._building = LeanRequests()
