@@ -11,7 +11,7 @@ _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.E
 
 def reason_of(error: OSError) -> str:
     """In the system's words, which asyncio replaces by its own without the reason."""
-    said = error.strerror or str(error)
+    said = error.strerror or str(error) or type(error).__name__
     if error.errno is None or not isinstance(error, ConnectionError):
         return said
     reason = os.strerror(error.errno)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
+import select
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
-from functools import partial
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
+import pytest
 from http1_kit import PATIENCE, quiet, turns
 
 from pathlb.core.model import Endpoint
+from pathlb.errors import UpstreamError
 from pathlb.exchange import Headers, OneShotBody, Reply, Request, Timeouts
 from pathlb.testing import http_reply
 from pathlb.upstream.http1 import Http1Upstream, Pool
@@ -32,10 +33,10 @@ class Peer:
     def __init__(self, sock: socket.socket, index: int) -> None:
         self.sock = sock
         self.index = index
-        self._inbox = b""
+        self._inbox = bytearray()
 
     async def _more(self) -> None:
-        data = await asyncio.get_running_loop().sock_recv(self.sock, 65536)
+        data = await asyncio.get_running_loop().sock_recv(self.sock, 262_144)
         if not data:
             raise EOFError
         self._inbox += data
@@ -44,14 +45,16 @@ class Peer:
         """Everything up to and including `mark`. Raises `EOFError` when the client closes before."""
         while mark not in self._inbox:
             await self._more()
-        end = self._inbox.index(mark) + len(mark)
-        data, self._inbox = self._inbox[:end], self._inbox[end:]
-        return data
+        return self._take(self._inbox.index(mark) + len(mark))
 
     async def exactly(self, count: int) -> bytes:
         while len(self._inbox) < count:
             await self._more()
-        data, self._inbox = self._inbox[:count], self._inbox[count:]
+        return self._take(count)
+
+    def _take(self, count: int) -> bytes:
+        data = bytes(self._inbox[:count])
+        del self._inbox[:count]
         return data
 
     async def head(self) -> bytes:
@@ -80,8 +83,7 @@ class Peer:
         """What one read gives: nothing when the client has sent nothing."""
         with contextlib.suppress(BlockingIOError):
             self._inbox += self.sock.recv(1_000_000)
-        data, self._inbox = self._inbox, b""
-        return data
+        return self._take(len(self._inbox))
 
     async def send(self, data: bytes) -> None:
         """Hand all of it to the system."""
@@ -114,7 +116,7 @@ class Peer:
                 while True:
                     await self._more()
         self.sock.close()
-        return self._inbox
+        return bytes(self._inbox)
 
 
 Handler = Callable[[Peer], Awaitable[object]]
@@ -188,6 +190,8 @@ class Server:
         loop = asyncio.get_running_loop()
         while True:
             sock, _ = await loop.sock_accept(self._listener)
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             peer = Peer(sock, len(self.peers))
             self.peers.append(peer)
             if self._handler is None:
@@ -209,6 +213,7 @@ async def bench(
     """A server and a pool for it. In the end nothing of the pool may be left: no socket, no task, no timer."""
     async with quiet(), Server(handler, listener=listener) as server:
         options = {} if rng is None else {"rng": rng}
+        pool.setdefault("keepalive_expiry", 1e6)  # what should be closed at once is not closed by that in the end
         upstream = Http1Upstream(endpoint or Endpoint(server.url + path), Pool(**pool), **options)
         try:
             yield server, upstream
@@ -253,9 +258,7 @@ def ask(
     write: float | None = PATIENCE,
     **fields: Any,
 ) -> Request:
-    return Request(
-        method, target, headers or [], body, timeouts=Timeouts(connect, read, write, None), **fields
-    )
+    return Request(method, target, headers or [], body, timeouts=Timeouts(connect, read, write, None), **fields)
 
 
 async def content(reply: Reply) -> bytes:
@@ -279,6 +282,24 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.001)
 
 
+async def opened(server: Server, upstream: Http1Upstream, count: int) -> list[Peer]:
+    """So many connections, idle, the last one used last."""
+    requests = [asyncio.create_task(exchange(upstream)) for _ in range(count)]
+    peers = [await server.accept() for _ in requests]
+    for number, peer in enumerate(peers, 1):
+        await peer.answer()
+        await until(lambda number=number: sum(task.done() for task in requests) == number)
+    return peers
+
+
+def arrived(upstream: Http1Upstream) -> None:
+    """Block the loop until something has arrived on the pool's connections: it has not looked at them then."""
+    poll = select.poll()
+    for connection in upstream._open:
+        poll.register(connection.transport.get_extra_info("socket").fileno(), select.POLLIN)
+    assert poll.poll(PATIENCE * 1000)
+
+
 @contextlib.contextmanager
 def moved_clock() -> Iterator[Callable[[float], None]]:
     """The running loop's clock, and a way to move it on: what is due by then happens at the next turn."""
@@ -294,71 +315,6 @@ def moved_clock() -> Iterator[Callable[[float], None]]:
         yield skip
     finally:
         del loop.time  # type: ignore[method-assign]
-
-
-class Counted:
-    """Awaits a coroutine and calls `then` with what it waits for when it suspends for the `at`-th time."""
-
-    def __init__(self, work: Awaitable[Any], at: int, then: Callable[[Any], object]) -> None:
-        self._work = work
-        self._at = at
-        self._then = then
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        inner = self._work.__await__()
-        resume: Callable[[], Any] = partial(inner.send, None)
-        for count in itertools.count(1):
-            try:
-                asked = resume()
-            except StopIteration as done:
-                return done.value
-            if count == self._at:
-                self._then(asked)
-            try:
-                answer = yield asked
-            except BaseException as exc:
-                resume = partial(inner.throw, exc)
-            else:
-                resume = partial(inner.send, answer)
-        raise AssertionError("unreachable")
-
-
-async def cancelled_at(work: Callable[[], Awaitable[Any]], at: int, *, late: bool = False) -> bool:
-    """Run `work` and cancel it at its `at`-th suspension; answers whether it got that far.
-
-    `late`: when what it waits for has come, but before it runs: the cancellation then takes the place of the result.
-    """
-    reached = False
-
-    def cut(asked: Any) -> None:
-        nonlocal reached
-        reached = True
-        if late and asked is not None:
-            asked.add_done_callback(lambda _: task.cancel())
-        else:
-            task.cancel()
-
-    async def run() -> None:
-        await Counted(work(), at, cut)
-
-    task = asyncio.create_task(run())
-    async with asyncio.timeout(PATIENCE):
-        await asyncio.wait([task])
-    if not task.cancelled():
-        task.result()
-    return reached
-
-
-async def every_await(
-    work: Callable[[], Awaitable[Any]], check: Callable[[], Awaitable[object]], *, late: bool = False
-) -> int:
-    """Cancel at the first await, the second, ... until it is over before; answers how many there were."""
-    for at in itertools.count(1):
-        reached = await cancelled_at(work, at, late=late)
-        await check()
-        if not reached:
-            return at - 1
-    raise AssertionError("unreachable")
 
 
 class Stream:
@@ -385,3 +341,22 @@ class Stream:
     @property
     def body(self) -> OneShotBody:
         return OneShotBody(self)
+
+
+async def failure(work: Awaitable[object]) -> UpstreamError:
+    """What `work` failed with."""
+    with pytest.raises(UpstreamError) as caught:
+        async with asyncio.timeout(PATIENCE):
+            await work
+    return caught.value
+
+
+def sent(upstream: Http1Upstream, body: Any, *headers: tuple[bytes, bytes], **options: Any) -> asyncio.Task[Any]:
+    """A POST on its way."""
+    body = body.body if isinstance(body, Stream) else body
+    return asyncio.create_task(upstream.send(ask("POST", list(headers), body, **options), []))
+
+
+async def paused(upstream: Http1Upstream) -> None:
+    """Wait until the system takes no more of a request."""
+    await until(lambda: any(one._writing_paused for one in upstream._open))

@@ -42,6 +42,8 @@ class Owner(Protocol):
 
     def put(self, connection: Connection) -> None: ...
 
+    def closing(self, connection: Connection) -> None: ...
+
     def lost(self, connection: Connection) -> None: ...
 
 
@@ -346,6 +348,7 @@ class Connection(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
         self._wake_writer()
+        self._owner.closing(self)
         if self.transport is not None:
             self.transport.abort()
 

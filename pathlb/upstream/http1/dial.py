@@ -104,40 +104,48 @@ class Dialer:
     async def _race(self, addresses: list[Address]) -> socket.socket:
         """The first that connects, each with a head start over the next. Raises an `ExceptionGroup` of all failures."""
         tasks: list[asyncio.Task[socket.socket]] = []
-        winner: socket.socket | None = None
+        winner: asyncio.Task[socket.socket] | None = None
         try:
             for address in addresses:
                 tasks.append(asyncio.create_task(self._connect_to(address)))
-                winner = await _first_success(tasks, _HEAD_START)
+                winner = await _first_success(tasks, _HEAD_START if len(tasks) < len(addresses) else None)
                 if winner is not None:
-                    return winner
-            winner = await _first_success(tasks, None)
-            if winner is not None:
-                return winner
+                    return winner.result()
         finally:
+            # Nobody waits for them, or a cancellation meanwhile would lose the winner.
             for task in tasks:
-                task.cancel()
-            for result in await asyncio.gather(*tasks, return_exceptions=True):
-                if isinstance(result, socket.socket) and result is not winner:
-                    result.close()
-        raise ExceptionGroup(
-            "no address of the name can be reached",
-            [exc for task in tasks if isinstance(exc := task.exception(), Exception)],
-        )
+                if task is not winner:
+                    task.cancel()
+                    task.add_done_callback(_close_result)
+        failures = [exc for task in tasks if isinstance(exc := task.exception(), Exception)]
+        raise ExceptionGroup("no address of the name can be reached", failures)
 
     async def _wrap(self, sock: socket.socket, make: Callable[[], Connection], server_hostname: str) -> Connection:
         loop = asyncio.get_running_loop()
+        taken = False
+
+        def protocol() -> Connection:
+            nonlocal taken
+            taken = True
+            return make()
+
         try:
             if self._endpoint.uds is not None:
-                _, connection = await loop.create_unix_connection(make, sock=sock)
+                _, connection = await loop.create_unix_connection(protocol, sock=sock)
             elif self._context is None:
-                _, connection = await loop.create_connection(make, sock=sock)
+                _, connection = await loop.create_connection(protocol, sock=sock)
             else:
                 _, connection = await loop.create_connection(
-                    make, sock=sock, ssl=self._context, server_hostname=server_hostname
+                    protocol, sock=sock, ssl=self._context, server_hostname=server_hostname
                 )
         except BaseException:
-            sock.close()
+            # Once there is a protocol the socket is the event loop's to close: closed under its hands, the descriptor
+            # would soon be somebody else's. Cancelled early it forgets to, unless the stream comes to its end.
+            if taken:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+            else:
+                sock.close()
             raise
         return connection
 
@@ -145,8 +153,10 @@ class Dialer:
         return UpstreamError(fault, Sent.NOT_SENT, self._endpoint.url, detail, local=local)
 
 
-async def _first_success(tasks: list[asyncio.Task[socket.socket]], seconds: float | None) -> socket.socket | None:
-    """The socket of the first task to connect; None when all have failed, or after `seconds`."""
+async def _first_success(
+    tasks: list[asyncio.Task[socket.socket]], seconds: float | None
+) -> asyncio.Task[socket.socket] | None:
+    """The first task to connect; None when all have failed, or after `seconds`."""
     pending = set(tasks)
     while pending:
         done, pending = await asyncio.wait(pending, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -154,5 +164,11 @@ async def _first_success(tasks: list[asyncio.Task[socket.socket]], seconds: floa
             return None
         for task in done:
             if task.exception() is None:
-                return task.result()
+                return task
     return None
+
+
+def _close_result(task: asyncio.Task[socket.socket]) -> None:
+    """It connected all the same, too late."""
+    if not task.cancelled() and task.exception() is None:
+        task.result().close()

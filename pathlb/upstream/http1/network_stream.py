@@ -51,12 +51,12 @@ class NetworkStream:
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """Hand all of it to the system."""
         connection = self._connection
-        self._check()
         if not connection.transport.is_closing() and not connection.write(buffer):
             await connection.drained(timeout)
-        self._check()
         if connection.transport.is_closing():
-            raise self._error(Fault.WRITE, "the connection is closed")
+            fault, detail = self._failure or (Fault.WRITE, "the connection is closed")
+            # Whatever ended it, to a writer it is a failure to write.
+            raise self._error(fault if fault is Fault.WRITE_TIMEOUT else Fault.WRITE, detail)
 
     async def aclose(self) -> None:
         """Close it. What the system has not taken yet is lost; `write` waits for that."""

@@ -53,6 +53,7 @@ class Http1Upstream:
         self._dialer = Dialer(endpoint, ssl_context if endpoint.scheme == "https" else None, pool.local_address)
         self._idle: list[Connection] = []  # the one used last at the end
         self._open: set[Connection] = set()
+        self._closing: set[Connection] = set()
         self._dialling = 0
         self._sweeper: asyncio.TimerHandle | None = None
         self._closed = False
@@ -180,12 +181,15 @@ class Http1Upstream:
     async def keep_warm(self) -> None:
         """Keep at least `min_connections` open, until the pool is closed."""
         while not self._closed:
+            began = asyncio.get_running_loop().time()
             missing = self._settings.min_connections - len(self._open) - self._dialling
             await asyncio.gather(*(self._add_idle() for _ in range(missing)))
             self._thinned.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_WARM_AGAIN):  # the endpoint may have been down
                     await self._thinned.wait()
+            # Those that expire are replaced at once; a server that closes them right away is not hammered for it.
+            await asyncio.sleep(began + _WARM_AGAIN - asyncio.get_running_loop().time())
 
     async def _add_idle(self) -> None:
         with contextlib.suppress(UpstreamError):
@@ -203,7 +207,7 @@ class Http1Upstream:
         self._thinned.set()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_TIMEOUT):  # the event loop tells of each, except of TLS half set up
-                while self._open:
+                while self._closing:
                     self._thinned.clear()
                     await self._thinned.wait()
 
@@ -217,9 +221,16 @@ class Http1Upstream:
         if self._sweeper is None and self._settings.keepalive_expiry < math.inf:
             self._sweep_at(connection.loop, connection.idle_since + self._settings.keepalive_expiry)
 
+    def closing(self, connection: Connection) -> None:
+        """A connection is nobody's any more, and being closed (`connection.Owner`)."""
+        if connection in self._open:
+            self._open.remove(connection)
+            self._closing.add(connection)
+            self._thinned.set()
+
     def lost(self, connection: Connection) -> None:
         """A connection is closed (`connection.Owner`)."""
-        self._open.discard(connection)
+        self._closing.discard(connection)
         self._thinned.set()
 
     def _sweep_at(self, loop: asyncio.AbstractEventLoop, when: float) -> None:
