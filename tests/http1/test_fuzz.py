@@ -6,12 +6,13 @@ h11 is the referee of mutated ones. It may be wrong, and so may the pool; where 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import h11
 import pytest
+import uvloop
 from http1_kit import End, Observed, ReplayServer, Result, Script, cut, observe, quiet
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
@@ -36,8 +37,8 @@ FUZZ = settings(
 class Bench:
     """One event loop and one server for all examples; a client of its own for each."""
 
-    def __init__(self) -> None:
-        self._runner = asyncio.Runner()
+    def __init__(self, new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+        self._runner = asyncio.Runner(loop_factory=new_loop)
         self._server = ReplayServer()
         self._run(self._server.__aenter__())
 
@@ -62,9 +63,9 @@ class Bench:
         return self._runner.run(work)
 
 
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    bench = Bench()
+@pytest.fixture(scope="module", params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    bench = Bench(request.param)
     yield bench
     bench.close()
 
