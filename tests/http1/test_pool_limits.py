@@ -113,6 +113,10 @@ class TestMaxConnections:
 
 
 class TestMinConnections:
+    @pytest.fixture(autouse=True)
+    def _soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(upstream_module, "_WARM_AGAIN", 0.01)
+
     async def test_opened_before_any_request_and_used_by_them(self) -> None:
         async with bench(answering, min_connections=2) as (server, upstream):
             assert upstream.warm
@@ -144,8 +148,7 @@ class TestMinConnections:
             keeper.cancel()
             await asyncio.wait([keeper])
 
-    async def test_it_goes_on_while_the_endpoint_is_down(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(upstream_module, "_WARM_AGAIN", 0.01)
+    async def test_it_goes_on_while_the_endpoint_is_down(self) -> None:
         with refused_url() as url:
             async with bench(endpoint=Endpoint(url), min_connections=1) as (_, upstream):
                 keeper = asyncio.create_task(upstream.keep_warm())
@@ -162,8 +165,9 @@ class TestMinConnections:
                 keeper.cancel()
                 await asyncio.wait([keeper])
 
-    async def test_a_server_that_closes_them_soon_is_not_hammered(self) -> None:
+    async def test_a_server_that_closes_them_soon_is_not_hammered(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It is overloaded, or on its way down: connecting again and again at full speed is no help."""
+        monkeypatch.setattr(upstream_module, "_WARM_AGAIN", 1e6)
 
         async def closing(peer: Peer) -> None:
             await turns(10)

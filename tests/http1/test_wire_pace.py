@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from http1_servers import Stream, ask, bench, content, exchange, failure, moved_
 
 from pathlb.core.model import Endpoint, Sent
 from pathlb.errors import Fault
+from pathlb.exchange import OneShotBody
 from pathlb.testing import black_hole, http_reply
 
 pytestmark = pytest.mark.anyio
@@ -44,6 +46,30 @@ class TestTimeouts:
                         before = stream.yielded
                         skip(4)
                     left -= len(await peer.exactly(min(left, 100_000)))
+                await peer.send(http_reply())
+                assert (await request).status == 200
+
+    async def test_a_slow_caller_is_not_timed_out(self) -> None:
+        """The time its stream takes for the next part is its own."""
+        async with bench() as (server, upstream):
+            with moved_clock() as skip:
+                more = asyncio.Event()
+
+                async def body() -> AsyncIterator[bytes]:
+                    yield MEGABYTE * 20
+                    await more.wait()
+                    yield b"end"
+
+                request = sent(upstream, OneShotBody(body()), (b"Content-Length", b"20000003"), write=5.0)
+                peer = await server.accept()
+                await peer.head()
+                await paused(upstream)
+                await peer.exactly(20_000_000)
+                await turns()
+                skip(6)
+                await turns()
+                more.set()
+                assert await peer.exactly(3) == b"end"
                 await peer.send(http_reply())
                 assert (await request).status == 200
 
