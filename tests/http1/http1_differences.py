@@ -141,11 +141,6 @@ _differ(
 )
 
 _differ(
-    "chunk extensions are not kept, and the data comes: what is limited is what comes without any",
-    "200 OK [Transfer-Encoding: chunked] b'ok', reused",
-    "chunked, extension of 200 KB",
-)
-_differ(
     "llhttp's: protocols that look like HTTP, and are framed like it",
     "200 OK [Content-Length: 2] b'ok', fresh",
     "RTSP/1.0",

@@ -17,9 +17,10 @@ _LINE = b": ".join
 _BODY_EXPECTED = frozenset({"POST", "PUT", "PATCH", "QUERY"})
 """Methods whose empty body is announced (RFC 9110 8.6)."""
 
-# Callers use a few dozen methods and names; those that passed are not looked at again. One who makes them up must not
-# fill the memory.
+# Callers use a few dozen methods, names and targets; those that passed are not looked at again. One who makes them up
+# must not fill the memory.
 _METHODS: dict[str, bytes] = {}
+_TARGETS: set[bytes] = set()
 _PLAIN_NAMES: set[bytes] = set()
 _KNOWN_MAX = 1_000
 _LONGEST = 15  # digits of a length: beyond any body, and where readers begin to differ
@@ -50,7 +51,7 @@ def write_head(request: Request, target: bytes, host: bytes, extra: Headers) -> 
     5.5): those would be somebody else's request.
     """
     method = _METHODS.get(request.method) or _method(request.method)
-    if not _TARGET.fullmatch(target):
+    if target not in _TARGETS and not _is_target(target):
         raise InvalidRequest("the request target has characters that are not allowed there; encode them")
     body = request.body
     length: int | None = None
@@ -100,6 +101,14 @@ def _method(method: str) -> bytes:
     if len(_METHODS) < _KNOWN_MAX:
         _METHODS[method] = token
     return token
+
+
+def _is_target(target: bytes) -> bool:
+    if not _TARGET.fullmatch(target):
+        return False
+    if len(_TARGETS) < _KNOWN_MAX and len(target) < 100:
+        _TARGETS.add(target)
+    return True
 
 
 def _special(name: bytes) -> bytes:

@@ -93,7 +93,7 @@ class NetworkStream:
 
     # --- what the connection calls
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: memoryview) -> None:
         """Bytes have come."""
         self._buffer += data
         if len(self._buffer) > _HELD and not self._paused:

@@ -116,11 +116,11 @@ class ReplyReader:
         self._informational = self._fed = 0
         self.proceed = False
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """Take in bytes. Raises `BadReply`, and then the reply is as complete as it will get."""
         reply = self._reply
         if reply is None:
-            if data.strip(b"\r\n"):
+            if bytes(data).strip(b"\r\n"):
                 self.surplus = True
             return
         self._long = self._fed + len(data) > self._settings.max_head  # then the head is to be measured
@@ -128,7 +128,7 @@ class ReplyReader:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as exc:
-            self.early = data[exc.args[0] :]
+            self.early = bytes(data[exc.args[0] :])
             reply.headed = True
             self._reply = None
         except httptools.HttpParserCallbackError:

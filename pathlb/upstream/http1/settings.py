@@ -26,7 +26,7 @@ class Pool:
       httpx's); `max_fields`: its header fields (default 1,000); `max_informational`: 1xx replies before it (default
       100). More is a `RemoteProtocolError`.
     - `buffer`: bytes of a body held for a slow reader before the connection is not read any more (default 65,536; one
-      read, of up to 256 KiB, may come on top).
+      read, of as much, may come on top).
 
     Raises `ConfigError`.
     """

@@ -12,15 +12,16 @@ from functools import partial
 
 from ...core.model import Endpoint, Rng, Sent
 from ...errors import Fault, UpstreamError
-from ...exchange import Headers, Reply, Request, WholeBody
+from ...exchange import Headers, Reply, ReplyBody, Request, WholeBody
 from .connection import Connection, State
 from .dial import Dialer
-from .head import Head, InvalidRequest, write_head
+from .head import InvalidRequest, write_head
 from .network_stream import TunnelBody
 from .reply import IncomingReply
 from .sending import SLICE, send_with_body
 from .settings import Pool
 
+_READ = 65_536  # bytes at once, at most
 _LIFETIME_JITTER = 0.1
 _WARM_TIMEOUT = 5.0  # seconds to connect ahead of need
 _WARM_AGAIN = 1.0  # seconds between tries to
@@ -52,6 +53,8 @@ class Http1Upstream:
             ssl_context.set_alpn_protocols(["http/1.1"])
         self._dialer = Dialer(endpoint, ssl_context if endpoint.scheme == "https" else None, pool.local_address)
         self._idle: list[Connection] = []  # the one used last at the end
+        self.buffer = memoryview(bytearray(_READ))
+        """What is read goes in here (`connection.Owner`)."""
         self._open: set[Connection] = set()
         self._closing: set[Connection] = set()
         self._dialling = 0
@@ -78,7 +81,18 @@ class Http1Upstream:
         reused = connection.used
         connection.start(reply, head_only=request.method == "HEAD", upgrades=head.upgrades, close_after=head.closes)
         try:
-            await self._write(connection, head, request)
+            body = request.body
+            if (
+                isinstance(body, bytes)
+                and head.length is not None
+                and not head.expects
+                and (len(body) <= SLICE or not connection.secure)
+            ):
+                if not connection.write(head.data + body if body else head.data):
+                    await connection.drained(timeouts.write)
+                connection.sent(completely=True)
+            else:
+                await send_with_body(connection, head, request)
             while not reply.headed:
                 reply.check()
                 await reply.more()
@@ -87,34 +101,20 @@ class Http1Upstream:
             reply.error = None  # whose traceback holds this frame, and so the reply
             raise
         if reply.whole:
-            body: WholeBody | IncomingReply | TunnelBody = WholeBody(reply.take())
+            reply_body: ReplyBody = WholeBody(reply.take())
         elif connection.tunnel is not None:
-            body = TunnelBody(connection.tunnel)
+            reply_body = TunnelBody(connection.tunnel)
         else:
-            body = reply
+            reply_body = reply
         return Reply(
             reply.status,
             reply.headers,
-            body,
+            reply_body,
             reply.version,
             reply.reason,
             {"network_stream": connection.tunnel or connection.info},
             reused,
         )
-
-    async def _write(self, connection: Connection, head: Head, request: Request) -> None:
-        body = request.body
-        if (
-            isinstance(body, bytes)
-            and head.length is not None
-            and not head.expects
-            and (len(body) <= SLICE or not connection.secure)
-        ):
-            if not connection.write(head.data + body if body else head.data):
-                await connection.drained(request.timeouts.write)
-            connection.sent(completely=True)
-        else:
-            await send_with_body(connection, head, request)
 
     # --- connections
 
