@@ -268,8 +268,9 @@ class Balancer:
             lease = await self._admission.lease(want, deadline, request.timeouts.pool, attempts)
             if not self._ticking:
                 self._start_ticking(runner)
+            last = not want.resendable or self._is_last(len(attempts) - unsent)
             reply, error, outcome = await self._attempter.make(
-                runner, request, lease, deadline, len(attempts), last=self._is_last(len(attempts) - unsent)
+                runner, request, lease, deadline, len(attempts), last=last
             )
             now = clock()
             endpoint = lease.endpoint

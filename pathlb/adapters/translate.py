@@ -17,6 +17,7 @@ PLACEHOLDER = "pathlb.invalid"
 """Host of the logical origin when the caller names none; `.invalid` never resolves (RFC 2606)."""
 
 _PLACEHOLDER = PLACEHOLDER.encode("ascii")
+_BEFORE_UPGRADE = {"ws": "http", "wss": "https"}  # what a WebSocket's handshake is
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _TAKEN_OVER = ("timeout", "pathlb", "target")  # of the extensions; the target needs the endpoint's base path
 _OPTIONS = ("deadline", "idempotent", "pin", "avoid")
@@ -59,6 +60,7 @@ class Translator:
             headers = [pair for pair in raw_headers if pair[0].lower() != b"host"]
         if "target" in extensions:
             target = _target(extensions["target"])
+        scheme = _BEFORE_UPGRADE.get(scheme, scheme)
         bases = self._balancer.bases.get((scheme, authority))
         if bases is not None:
             target = _below_base(authority, target, bases)

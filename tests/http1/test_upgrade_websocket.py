@@ -98,7 +98,8 @@ async def test_in_flight_for_as_long_as_it_is_open() -> None:
 async def test_urls(base: str) -> None:
     """Relative ones, and what an HTTP request could have, too."""
     async with gateway() as (server, url), client(url, base_url=base) as pool:
-        for one in ("/ws", "ws", f"{base or url}/ws", f"{url}/ws?a=b"):
+        socket_url = url.replace("http://", "ws://")
+        for one in ("/ws", "ws", f"{base or url}/ws", f"{url}/ws?a=b", f"{socket_url}/ws"):
             async with pool.websocket(one) as ws:
                 await ws.send_text("hello")
                 assert await ws.receive_text(PATIENCE) == "hello"
