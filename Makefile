@@ -41,7 +41,6 @@ soak: $(READY)
 	$(BIN)/python -m pytest -m soak --timeout=1800
 
 bench: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group bench
 	$(BIN)/python -m benchmarks.throughput
 	$(BIN)/python -m benchmarks.in_flight
 	$(BIN)/python -m benchmarks.overhead
