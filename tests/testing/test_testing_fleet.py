@@ -407,8 +407,9 @@ def test_a_gateway_process_ends_with_its_parent() -> None:
         assert parent.stdout is not None
         with socket.create_connection(("127.0.0.1", int(parent.stdout.readline())), timeout=20) as sock:
             parent.kill()
-            with pytest.raises(ConnectionResetError):
-                sock.recv(1)
+            # A reset; or a plain end, where the gateway went before it had accepted the connection.
+            with contextlib.suppress(ConnectionResetError):
+                assert sock.recv(1) == b""
 
 
 def test_a_dead_gateway_process_is_reported() -> None:
