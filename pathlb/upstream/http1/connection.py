@@ -280,16 +280,14 @@ class Connection(asyncio.BufferedProtocol):
         if self.tunnel is not None:
             self.tunnel.end()
             return not self.secure  # half closed: it may still be written to
+        try:
+            self.reader.end()
+        except BadReply as exc:
+            self.fail(Fault.REMOTE_PROTOCOL, str(exc))
+            return False
+        self.close()
         if reply is not None:
-            try:
-                self.reader.end()
-            except BadReply as exc:
-                self.fail(Fault.REMOTE_PROTOCOL, str(exc))
-                return False
-            self.close()
             reply.wake()
-        else:
-            self.close()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:

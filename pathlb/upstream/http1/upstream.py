@@ -24,14 +24,14 @@ from .settings import Pool
 _READ = 65_536  # bytes at once, at most
 _LIFETIME_JITTER = 0.1
 _WARM_TIMEOUT = 5.0  # seconds to connect ahead of need
-_WARM_AGAIN = 1.0  # seconds between tries to
+_WARM_AGAIN = 1.0  # seconds between two tries of that, at least
 _CLOSE_TIMEOUT = 1.0  # seconds to wait for the last connections to be closed
 
 
 class Http1Upstream:
     """HTTP/1.1 to one endpoint, on asyncio: connections in a stack, the one used last first.
 
-    `context` is for TLS; it makes an `https` endpoint's connections. It must be used, and closed, on one event loop.
+    `ssl_context` is for the connections to an `https` endpoint. It must be used, and closed, on one event loop.
     """
 
     kind = "http1"
