@@ -10,7 +10,7 @@ For httpx2 use the same names from `pathlb.httpx2`.
 from .adapters.httpx import AsyncClient, BalancedTransport
 from .balancer import Balancer
 from .config import Health
-from .core.config import Breaker, Limits, Outlier, Panic, Retry, SlowStart
+from .core.config import BlockHeight, Breaker, Limits, Outlier, Panic, Retry, SlowStart
 from .core.model import Endpoint
 from .core.policy import P2C, LeastConnections, RoundRobin
 from .errors import (
@@ -20,9 +20,12 @@ from .errors import (
     PathlbError,
     QueueFull,
     QueueTimeout,
+    RequestTooLarge,
     UpstreamError,
     UsageError,
 )
+from .jsonrpc import JSONRPC, Safety
+from .profile import PATHProfile
 from .upstream.default import Upstreams
 from .upstream.http1 import Pool
 from .upstream.transport import TransportUpstreams
@@ -30,10 +33,12 @@ from .upstream.transport import TransportUpstreams
 __version__ = "0.1.0"
 
 __all__ = [
+    "JSONRPC",
     "P2C",
     "AsyncClient",
     "BalancedTransport",
     "Balancer",
+    "BlockHeight",
     "Breaker",
     "ConfigError",
     "DeadlineExceeded",
@@ -43,13 +48,16 @@ __all__ = [
     "Limits",
     "NoEligibleEndpoint",
     "Outlier",
+    "PATHProfile",
     "Panic",
     "PathlbError",
     "Pool",
     "QueueFull",
     "QueueTimeout",
+    "RequestTooLarge",
     "Retry",
     "RoundRobin",
+    "Safety",
     "SlowStart",
     "TransportUpstreams",
     "UpstreamError",

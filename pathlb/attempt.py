@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 import anyio
 
 from .admission import CANCELLED
-from .classify.http import HTTPClassifier
+from .classify.base import Classifier, NeedBody
+from .classify.prefix import read_prefix
 from .core.engine import Engine
 from .core.lease import Lease
 from .core.model import Cause, Clock, Endpoint, Outcome, Sent
@@ -36,7 +37,7 @@ class Attempter:
         self,
         engine: Engine,
         upstreams: Mapping[str, Upstream],
-        classifier: HTTPClassifier,
+        classifier: Classifier,
         hook: AttemptHook | None,
         clock: Clock,
         release: Callable[[Lease], None],
@@ -60,8 +61,8 @@ class Attempter:
         """
         endpoint = lease.endpoint
         scope = runner.scope(deadline - lease.started)
-        if lease.want.resendable and not last:
-            lease.give_up = scope.cancel
+        if not last:
+            lease.give_up = scope.cancel  # the engine sees to it that only what may be sent twice is given up
         span = self._start_span(request, endpoint.endpoint, resends) if self._hook is not None else None
         reply: Reply | None = None
         error: PathlbError | None = None
@@ -76,11 +77,15 @@ class Attempter:
                     reply = await upstream.send(request, _NO_HEADERS)
                 else:
                     reply = await upstream.send(less_replaced(request, span.headers), span.headers)
-            if reply is not None:
-                outcome = self._classifier.reply(request, reply)
                 if reply.reused:
                     self._excused.pop(endpoint.url, None)
-            else:
+                verdict = self._classifier.reply(request, reply, None)
+                if isinstance(verdict, NeedBody):
+                    verdict = await self._read(request, reply, verdict)
+                outcome = verdict
+                if outcome.relays:
+                    lease.want.relays += outcome.relays
+            if outcome is CANCELLED:
                 outcome, error = self._cut_short(lease)
             ended = True
         except UpstreamError as exc:
@@ -90,20 +95,30 @@ class Attempter:
         except Exception as exc:
             # Neither a failure of the network nor a cancellation: a bug in a transport, or in what the caller gave.
             outcome = Outcome(Cause.LOCAL, detail=f"{type(exc).__name__}: {exc}")
-            if reply is not None:
-                with anyio.CancelScope(shield=True):
-                    await reply.body.aclose()
             raise
         finally:
+            half_read = reply if error is not None or not ended else None
+            if half_read is not None:
+                reply = None
             self._engine.observe(self._clock(), lease, outcome)
             if span is not None:
-                _end_span(span, outcome, reply, error)
+                _end_span(span, outcome, reply, error, lease.want.relays)
             if not ended:
                 self._release(lease)
+            if half_read is not None:
+                with anyio.CancelScope(shield=True):
+                    await half_read.body.aclose()
         try:
             return reply, error, outcome
         finally:
             del error  # its traceback holds this frame, which must not hold it
+
+    async def _read(self, request: Request, reply: Reply, need: NeedBody) -> Outcome:
+        """The verdict on a reply whose head does not decide."""
+        verdict = self._classifier.reply(request, reply, await read_prefix(reply, need.limit))
+        if isinstance(verdict, NeedBody):
+            raise UsageError(f"{type(self._classifier).__name__}.reply asked for the body it was given")
+        return verdict
 
     def classify(self, request: Request, error: UpstreamError, lease: Lease) -> Outcome:
         """What a failure says, and whether it says it about the endpoint at all."""
@@ -149,8 +164,8 @@ class Attempter:
             return None
 
 
-def _end_span(span: AttemptSpan, outcome: Outcome, reply: Reply | None, error: PathlbError | None) -> None:
+def _end_span(span: AttemptSpan, outcome: Outcome, reply: Reply | None, error: PathlbError | None, relays: int) -> None:
     try:
-        span.end(outcome, reply, error)
+        span.end(outcome, reply, error, relays)
     except Exception:
         logger.exception("ending a span failed")

@@ -6,19 +6,18 @@ import logging
 import os
 import random
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
-from typing import Any
 
 import anyio
 
 from .admission import Admission
 from .attempt import Attempter
+from .classify.base import Classifier
 from .classify.http import HTTPClassifier
-from .config import DEADLINE, Health, Idempotent, check_options
+from .config import DEADLINE, Health, Idempotent, check_meaning, check_options
 from .core.cluster import Settings
-from .core.config import Breaker, Limits, Outlier, Panic, Retry, SlowStart
+from .core.config import BlockHeight, Breaker, Limits, Outlier, Panic, Retry, SlowStart
 from .core.endpoints import check_endpoints
 from .core.engine import TICK, Engine
 from .core.events import Event, Listener
@@ -29,12 +28,15 @@ from .core.retry import Again
 from .core.snapshot import Snapshot
 from .errors import (
     PathlbError,
-    UpstreamError,
     UsageError,
 )
-from .exchange import Attempt, Reply, Request, WholeBody
+from .exchange import Attempt, Reply, Request, Timeouts, WholeBody
 from .health import Prober
-from .leased_body import LeasedBody
+from .jsonrpc import JSONRPC, JSONRPCLayer, MethodRules
+from .jsonrpc.heights import told_height
+from .lease_ends import LeasedBody, LeaseEnds, close_quietly
+from .profile import PATHProfile, find_profile
+from .resending import ResendRule
 from .runner import Runner, current_home, make_runner
 from .strategies import BoundStrategy
 from .telemetry.metrics import Metrics, metrics_configured
@@ -45,10 +47,6 @@ from .upstream.directory import UpstreamDirectory
 
 logger = logging.getLogger("pathlb")
 
-_DRAIN_BYTES = 65_536  # of a discarded reply that are read to keep its connection; a longer one is closed
-_DRAIN_SECONDS = 0.1
-_IDEMPOTENT_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE", "QUERY"})
-
 
 class Balancer:
     """A set of endpoints and everything known about them: what clients, transports and apps share.
@@ -58,8 +56,12 @@ class Balancer:
     - `policy`: how to choose among the eligible endpoints (default `LeastConnections()`);
     - `breaker`, `outlier` (None compares nobody), `panic`, `slow_start`: who is eligible;
     - `retry`: what follows a failure; `deadline`: seconds a request may take up to its reply head (default 30);
-    - `limits`: requests in flight per endpoint, and the queue;
+    - `limits`: requests in flight per endpoint, and the queue (default `Limits()`);
     - `health`: active probes (default none);
+    - `classifier`: what replies and failures mean (default `HTTPClassifier`, with the statuses of `retry`);
+    - `jsonrpc`: what JSON-RPC methods in a POST mean for sending it twice, and more (default: bodies are just bytes);
+    - `block_height`: prefer endpoints that are not behind (default None: not asked);
+    - `profile`: `"path"` or a `PATHProfile` gives the four above their values for PATH where they are left out;
     - `idempotent`: what may be sent twice beside the idempotent methods and requests with an Idempotency-Key:
       a bool, or a function of the HTTP library's request that answers a bool, or None for no opinion;
     - `telemetry`: spans and metrics through the OpenTelemetry API (default on; costs next to nothing without an SDK);
@@ -80,10 +82,14 @@ class Balancer:
         panic: Panic = Panic(),
         slow_start: SlowStart = SlowStart(),
         retry: Retry = Retry(),
-        limits: Limits = Limits(),
+        limits: Limits | None = None,
         deadline: float = DEADLINE,
         health: Health | None = None,
         idempotent: Idempotent = None,
+        classifier: Classifier | None = None,
+        jsonrpc: JSONRPC | None = None,
+        block_height: BlockHeight | None = None,
+        profile: PATHProfile | str | None = None,
         telemetry: bool = True,
         upstream: UpstreamFactory | None = None,
         clock: Clock = time.monotonic,
@@ -93,6 +99,16 @@ class Balancer:
         check_options(
             policy, breaker, outlier, panic, slow_start, retry, limits, deadline, health, idempotent, upstream
         )
+        check_meaning(classifier, jsonrpc, block_height, retry)
+        self._profile = chosen = find_profile(profile)
+        if chosen is not None:
+            classifier, jsonrpc = classifier or chosen.classifier, jsonrpc or chosen.jsonrpc
+            health, limits = health or chosen.health, limits or chosen.limits
+            block_height = block_height or chosen.block_height
+            upstream = upstream or Upstreams(pool=chosen.pool)
+        limits = limits or Limits()
+        self.timeouts = chosen.timeouts if chosen is not None else Timeouts()
+        """What `AsyncClient` gives its requests where the caller says nothing."""
         self._clock = clock
         # The module's own generator is seeded afresh in every forked worker, one of ours would not be.
         self._rng: Rng = rng if rng is not None else random
@@ -107,29 +123,34 @@ class Balancer:
             probed=health is not None and health.wait,
             rise=health.rise if health else 1,
             fall=health.fall if health else 1,
+            block_height=block_height,
         )
         self._engine = Engine(settings, policy if policy is not None else LeastConnections(), self._rng)
         self._retry = retry
         self._strategic = bool(retry.retry or retry.stop or retry.wait)
         self._deadline = deadline
-        self._admission = Admission(self._engine, clock, limits.queue_timeout, self.release)
-        self._idempotent = idempotent
+        self._ends = LeaseEnds(self._engine, clock, self._retire)
+        self._admission = Admission(self._engine, clock, limits.queue_timeout, self._ends.release)
+        self._resend_rule = ResendRule(idempotent, MethodRules(jsonrpc.methods) if jsonrpc is not None else None)
+        self._block_height = block_height is not None
+        self._classifier = classifier or HTTPClassifier(frozenset(retry.statuses))
         self._upstreams = UpstreamDirectory(upstream if upstream is not None else Upstreams())
         self._attempter = Attempter(
             self._engine,
             self._upstreams,
-            HTTPClassifier(frozenset(retry.statuses)),
+            self._classifier,
             Tracing() if telemetry else None,
             clock,
-            self.release,
+            self._ends.release,
         )
+        self._ends.classify = self._attempter.classify
+        layer = JSONRPCLayer(jsonrpc, self._road, clock, deadline) if jsonrpc is not None and jsonrpc.needs_body else None
+        self._way: Callable[[Request], Awaitable[Reply]] = self._road if layer is None else layer.send
         self._prober = Prober(health, self._clock, self._rng) if health else None
         self._runner: Runner | None = None
         self._pid = 0
         self._ticking = False
         self._closed = False
-        # Bodies dropped without being closed; the garbage collector may find them on any thread.
-        self._dropped: deque[LeasedBody] = deque()
         self.scheme = "https" if all(endpoint.scheme == "https" for endpoint in checked) else "http"
         """Scheme of the logical origin: that of the endpoints where they agree, so that secure cookies work."""
         self._apply(checked)
@@ -163,7 +184,7 @@ class Balancer:
             await self._runner.aclose()
             # A copy: what is in flight ends with its upstream, and may retire another one.
             for upstream in list(self._upstreams.values()):
-                await _close_quietly(upstream)
+                await close_quietly(upstream)
         self._upstreams.clear()
 
     def _claim(self) -> Runner:
@@ -243,9 +264,14 @@ class Balancer:
     async def send(self, request: Request) -> Reply:
         """Send a request to the best endpoint, again where that is safe, and return the reply, its body still to come.
 
-        The reply's body must be closed. Raises `NoEligibleEndpoint`, `QueueFull`, `QueueTimeout`,
-        `DeadlineExceeded`, `UpstreamError` (the last attempt's) or `UsageError`; all carry `attempts`.
+        The reply's body must be closed. Raises `NoEligibleEndpoint`, `QueueFull`, `QueueTimeout`, `DeadlineExceeded`,
+        `RequestTooLarge`, `UpstreamError` (the last attempt's) or `UsageError`; all carry `attempts`.
         """
+        if self._profile is not None:
+            self._profile.prepare(request)
+        return await self._way(request)
+
+    async def _road(self, request: Request) -> Reply:
         runner = self._claim()
         engine, clock = self._engine, self._clock
         began = clock()
@@ -253,83 +279,70 @@ class Balancer:
         if self._prober is not None and not self._prober.settled:
             with anyio.move_on_after(deadline - began):
                 await self._prober.first_round()
-        idempotent = self._may_send_twice(request)
         want = Want(
-            resendable=idempotent and isinstance(request.body, bytes),
+            resendable=self._resend_rule.resendable(request),
             pin=request.pin,
             avoid=request.avoid,
-            key=request.key,
+            key=request.key if request.key is not None else self._classifier.key(request),
             deadline=deadline,
         )
         attempts: list[Attempt] = []
         unsent = 0
         slept = 0.0
-        while True:
-            lease = await self._admission.lease(want, deadline, request.timeouts.pool, attempts)
-            if not self._ticking:
-                self._start_ticking(runner)
-            last = not want.resendable or self._is_last(len(attempts) - unsent)
-            reply, error, outcome = await self._attempter.make(
-                runner, request, lease, deadline, len(attempts), last=last
-            )
-            now = clock()
-            endpoint = lease.endpoint
-            attempts.append(
-                Attempt(endpoint.url, lease.reason, lease.in_flight, lease.candidates, outcome, now - lease.started)
-            )
-            if reply is not None and not outcome.retry and not self._strategic:
-                return self._hand_over(reply, lease, attempts)
-            unsent += outcome.sent is Sent.NOT_SENT
-            want.failed_on(endpoint)  # before the decision: whether another one is left depends on it
-            try:
-                decision = engine.decide(
-                    now,
-                    lease,
-                    outcome,
-                    attempts=len(attempts),
-                    unsent=unsent,
-                    replayable=request.replayable,
-                    deadline=deadline,
-                    strategy=self._bind(reply or error, request, len(attempts), now - began, slept),
+        try:
+            while True:
+                lease = await self._admission.lease(want, deadline, request.timeouts.pool, attempts)
+                if not self._ticking:
+                    self._start_ticking(runner)
+                last = self._is_last(len(attempts) - unsent)
+                reply, error, outcome = await self._attempter.make(
+                    runner, request, lease, deadline, len(attempts), last=last
                 )
-            except BaseException:  # a strategy of the caller's raised
-                await self._discard(reply, lease)
-                raise
-            if not isinstance(decision, Again):
-                if reply is not None:
-                    return self._hand_over(reply, lease, attempts)
-                self.release(lease)
-                assert error is not None
-                error.attempts = tuple(attempts)
+                now = clock()
+                endpoint = lease.endpoint
+                attempts.append(
+                    Attempt(endpoint.url, lease.reason, lease.in_flight, lease.candidates, outcome, now - lease.started)
+                )
+                if reply is not None and not outcome.retry and not self._strategic:
+                    return self._hand_over(request, reply, lease, attempts)
+                unsent += outcome.sent is Sent.NOT_SENT
+                want.failed_on(endpoint)  # before the decision: whether another one is left depends on it
                 try:
-                    raise error
-                finally:
-                    del error  # its traceback holds this frame, which must not hold it
-            await self._discard(reply, lease)
-            if decision.wait:
-                slept += decision.wait
-                await anyio.sleep(decision.wait)
+                    decision = engine.decide(
+                        now,
+                        lease,
+                        outcome,
+                        attempts=len(attempts),
+                        unsent=unsent,
+                        replayable=request.replayable,
+                        deadline=deadline,
+                        strategy=self._bind(reply or error, request, len(attempts), now - began, slept),
+                    )
+                except BaseException:  # a strategy of the caller's raised
+                    await self._ends.discard(reply, lease)
+                    raise
+                if not isinstance(decision, Again):
+                    if reply is not None:
+                        return self._hand_over(request, reply, lease, attempts)
+                    self._ends.release(lease)
+                    assert error is not None
+                    error.attempts = tuple(attempts)
+                    try:
+                        raise error
+                    finally:
+                        del error  # its traceback holds this frame, which must not hold it
+                await self._ends.discard(reply, lease)
+                if decision.wait:
+                    slept += decision.wait
+                    await anyio.sleep(decision.wait)
+        finally:
+            engine.finish(clock(), len(attempts), want.relays)
 
     def _is_last(self, sent: int) -> bool:
         """Whether no attempt will follow the one after `sent` that may have been sent; unknown counts as yes."""
         if self._retry.retry is not None or self._retry.stop is not None:
             return True
         return sent + 1 >= self._engine.attempts_allowed
-
-    def _may_send_twice(self, request: Request) -> bool:
-        if request.idempotent is not None:
-            return request.idempotent
-        rule = self._idempotent
-        if callable(rule):
-            rule = rule(request if request.expose is None else request.expose)
-        if rule is not None:
-            return bool(rule)
-        if request.method in _IDEMPOTENT_METHODS:
-            return True
-        for name, _ in request.headers:  # noqa: SIM110  a generator costs more than all the names
-            if len(name) == 15 and name.lower() == b"idempotency-key":
-                return True
-        return False
 
     def _bind(
         self, result: Reply | PathlbError | None, request: Request, attempts: int, elapsed: float, slept: float
@@ -338,39 +351,17 @@ class Balancer:
             return None
         return BoundStrategy(self._retry, result, request.present, attempts=attempts, elapsed=elapsed, slept=slept)
 
-    def _hand_over(self, reply: Reply, lease: Lease, attempts: list[Attempt]) -> Reply:
+    def _hand_over(self, request: Request, reply: Reply, lease: Lease, attempts: list[Attempt]) -> Reply:
         reply.attempts = tuple(attempts)
+        if self._block_height and (height := told_height(request, reply)) is not None:
+            self._engine.record_height(self._clock(), lease.endpoint.url, lease.key, height)
         if type(reply.body) is WholeBody:
-            self.release(lease)
+            self._ends.release(lease)
         else:
-            reply.body = LeasedBody(reply.body, lease, self)
+            reply.body = LeasedBody(reply.body, lease, self._ends)
         return reply
 
-    # --- the ends of leases
-
-    async def _discard(self, reply: Reply | None, lease: Lease) -> None:
-        """End an attempt whose reply, if there is one, nobody gets."""
-        try:
-            if reply is not None and type(reply.body) is not WholeBody:
-                with anyio.move_on_after(_DRAIN_SECONDS, shield=True):
-                    await _drain(reply)
-                with anyio.CancelScope(shield=True):
-                    await _close_quietly(reply.body)
-        finally:
-            self.release(lease)
-
-    def release(self, lease: Lease) -> None:
-        """The request of this lease is no longer in flight (`leased_body.LeaseEnds`)."""
-        if self._engine.release(self._clock(), lease):
-            self._retire(lease.endpoint.url)
-
-    def fail_body(self, lease: Lease, error: UpstreamError) -> None:
-        """The reply body of this lease broke off."""
-        self._engine.fail_body(self._clock(), lease, self._attempter.classify(_NO_REQUEST, error, lease))
-
-    def dropped(self, body: LeasedBody) -> None:
-        """A body was collected without being closed; the next tick sees to it. Safe from any thread."""
-        self._dropped.append(body)
+    # --- time
 
     def _start_ticking(self, runner: Runner) -> None:
         self._ticking = True
@@ -378,11 +369,9 @@ class Balancer:
         runner.tick(TICK, self._tick)
 
     def _tick(self) -> bool:
-        while self._dropped:
-            body = self._dropped.popleft()
-            self.release(body.lease)
-            assert self._runner is not None  # a tick comes from it
-            self._runner.spawn(partial(_close_quietly, body.inner), finish=True)
+        assert self._runner is not None  # a tick comes from it
+        for inner in self._ends.collect():
+            self._runner.spawn(partial(close_quietly, inner), finish=True)
         try:
             self._engine.tick(self._clock())
         except Exception:  # a bug, or a policy's: without ticks nothing would ever time out again
@@ -407,31 +396,8 @@ class Balancer:
         """Close the upstream of an endpoint that left."""
         upstream = self._upstreams.leave(url)
         if upstream is not None and self._runner is not None and not self._closed:
-            self._runner.spawn(partial(_close_quietly, upstream), finish=True)
-
-
-async def _drain(reply: Reply) -> None:
-    """Read a short body nobody wants, so that its connection can be kept."""
-    length = next((value for name, value in reply.headers if name.lower() == b"content-length"), b"")
-    if not length.isdigit() or int(length) > _DRAIN_BYTES:
-        return
-    try:
-        async for _ in reply.body:
-            pass
-    except UpstreamError:
-        logger.debug("the body of a discarded reply broke off", exc_info=True)
-
-
-_NO_REQUEST = Request("", b"", [])
+            self._runner.spawn(partial(close_quietly, upstream), finish=True)
 
 
 def _url(endpoint: Endpoint | str) -> str:
     return (endpoint if isinstance(endpoint, Endpoint) else Endpoint(endpoint)).url
-
-
-async def _close_quietly(closable: Any) -> None:
-    """Close something nobody waits for any more; its failure concerns nobody."""
-    try:
-        await closable.aclose()
-    except Exception:
-        logger.debug("closing %r failed", closable, exc_info=True)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from .core.config import Breaker, Limits, Outlier, Panic, Retry, SlowStart, check_number
+from .core.config import BlockHeight, Breaker, Limits, Outlier, Panic, Retry, SlowStart, check_number
 from .core.errors import ConfigError
 from .core.model import Clock, Rng
 from .core.policy import Policy
+from .jsonrpc.config import JSONRPC
 
 if TYPE_CHECKING:
+    from .classify.base import Classifier
+    from .profile import PATHProfile
     from .upstream.base import UpstreamFactory
 
 DEADLINE = 30.0
@@ -30,6 +33,10 @@ class Health:
     A reply with one of `statuses` within `timeout` seconds passes. `fall` failures in a row take an endpoint out,
     `rise` successes bring it back; while the results contradict the verdict the probes come every
     `changing_interval` seconds. The first result of all decides alone; with `wait` the first requests wait for it.
+
+    `services` maps services (keys) to paths of their own: there one of `statuses` says that the endpoint serves the
+    service, 503 that it does not; anything else, and no answer, says nothing. `block_height(service, body)` reads the
+    service's block height out of such an answer, if it is there.
     """
 
     path: str
@@ -41,11 +48,17 @@ class Health:
     fall: int = 2
     jitter: float = 0.1
     wait: bool = True
+    services: Mapping[str, str] = field(default_factory=dict)
+    block_height: Callable[[str, bytes], int | None] | None = None
 
     def __post_init__(self) -> None:
-        path = self.path
-        if not isinstance(path, str) or not path.startswith("/") or not path.isascii() or any(ch <= " " for ch in path):
-            raise ConfigError("Health.path", f"must start with / and be a valid request target, not {path!r}")
+        _check_target("Health.path", self.path)
+        if not isinstance(self.services, Mapping):
+            raise ConfigError("Health.services", f"must map services to paths, not {self.services!r}")
+        for key, path in self.services.items():
+            _check_target(f"Health.services[{key!r}]", path)
+        if self.block_height is not None and not callable(self.block_height):
+            raise ConfigError("Health.block_height", f"must be a function, not {self.block_height!r}")
         if not isinstance(self.statuses, Collection) or isinstance(self.statuses, str | bytes) or not self.statuses:
             raise ConfigError("Health.statuses", f"must be a set of at least one status, not {self.statuses!r}")
         object.__setattr__(self, "statuses", frozenset(self.statuses))
@@ -62,6 +75,11 @@ class Health:
             raise ConfigError("Health.changing_interval", f"must be at most interval ({self.interval:g} s)")
 
 
+def _check_target(name: str, path: object) -> None:
+    if not isinstance(path, str) or not path.startswith("/") or not path.isascii() or any(ch <= " " for ch in path):
+        raise ConfigError(name, f"must start with / and be a valid request target, not {path!r}")
+
+
 class BalancerOptions(TypedDict, total=False):
     """The keyword arguments of `Balancer`, which the clients pass on."""
 
@@ -75,6 +93,10 @@ class BalancerOptions(TypedDict, total=False):
     deadline: float
     health: Health | None
     idempotent: Idempotent
+    classifier: Classifier
+    jsonrpc: JSONRPC
+    block_height: BlockHeight
+    profile: PATHProfile | str
     telemetry: bool
     upstream: UpstreamFactory
     clock: Clock
@@ -100,7 +122,8 @@ def check_options(
     _check_kind("panic", panic, Panic)
     _check_kind("slow_start", slow_start, SlowStart)
     _check_kind("retry", retry, Retry)
-    _check_kind("limits", limits, Limits, " (httpx's own pool limits have no effect: pathlb's pools never queue)")
+    if limits is not None:
+        _check_kind("limits", limits, Limits, " (httpx's own pool limits have no effect: pathlb's pools never queue)")
     if outlier is not None:
         _check_kind("outlier", outlier, Outlier)
     if health is not None:
@@ -112,6 +135,20 @@ def check_options(
         raise ConfigError("upstream", f"must be a function from an Endpoint to an Upstream, not {upstream!r}")
     if idempotent is not None and not isinstance(idempotent, bool) and not callable(idempotent):
         raise ConfigError("idempotent", f"must be a bool or a function of the request, not {idempotent!r}")
+
+
+def check_meaning(classifier: object, jsonrpc: object, block_height: object, retry: Retry) -> None:
+    """The same for what gives replies and requests their meaning."""
+    if classifier is not None:
+        for method in ("key", "reply", "failure"):
+            if isinstance(classifier, type) or not callable(getattr(classifier, method, None)):
+                raise ConfigError("classifier", f"must be an object with a {method} method, not {classifier!r}")
+        if retry.statuses != Retry().statuses:
+            raise ConfigError("retry.statuses", "are the default classifier's; tell yours which are worth a retry")
+    if block_height is not None:
+        _check_kind("block_height", block_height, BlockHeight)
+    if jsonrpc is not None:
+        _check_kind("jsonrpc", jsonrpc, JSONRPC)
 
 
 def _check_kind(name: str, value: object, kind: type, hint: str = "") -> None:

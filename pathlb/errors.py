@@ -59,6 +59,10 @@ class DeadlineExceeded(PathlbError):
     """The request's total deadline passed before a reply head arrived."""
 
 
+class RequestTooLarge(PathlbError, ValueError):
+    """The request is larger than what the endpoints take (`JSONRPC(max_body=, max_batch=)`); nothing was sent."""
+
+
 class UsageError(PathlbError, RuntimeError):
     """The object is used where it cannot work: closed, on another event loop, after a fork, for another origin."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import anyio
 
@@ -14,6 +16,19 @@ from .errors import PathlbError
 from .exchange import Request, Timeouts
 from .runner import Runner
 from .upstream.base import Upstream
+
+logger = logging.getLogger("pathlb")
+
+_NOT_READY = 503
+_READ = 262_144  # bytes of an answer that may be looked into: PATH's detailed readiness lists every supplier
+
+
+class _Answer(NamedTuple):
+    """To a probe. No status: there was none in time, and `why` says what happened."""
+
+    status: int | None
+    why: str
+    body: bytes = b""
 
 
 class Prober:
@@ -74,17 +89,44 @@ class Prober:
                 await changed.wait()
 
     async def _watch(self, state: EndpointState, scope: anyio.CancelScope) -> None:
-        """Probe one endpoint for as long as it is a member."""
-        config = self._config
+        """Probe one endpoint, and its services, for as long as it is a member."""
         with scope:
-            while True:
-                passed, why = False, f"no answer within {config.timeout:g} s"
-                with anyio.move_on_after(config.timeout):
-                    passed, why = await self._ask(state)
-                self._engine.record_probe(self._clock(), state.url, passed, why)
-                self._asked(state)
-                pause = config.changing_interval if self._engine.health_changing(state.url) else config.interval
-                await anyio.sleep(pause * (1 + config.jitter * self._rng.random()))
+            async with anyio.create_task_group() as group:
+                for key, path in self._config.services.items():
+                    group.start_soon(self._watch_service, state, key, path)
+                while True:
+                    answer = await self._ask(state, self._config.path)
+                    passed = answer.status in self._config.statuses
+                    self._engine.record_probe(self._clock(), state.url, passed, answer.why)
+                    self._asked(state)
+                    await self._pause(state.url, None)
+
+    async def _watch_service(self, state: EndpointState, key: str, path: str) -> None:
+        """Probe one service of an endpoint. Whether the endpoint answers at all is not the question here."""
+        config = self._config
+        while True:
+            answer = await self._ask(state, path)
+            now, passed = self._clock(), answer.status in config.statuses
+            if passed or answer.status == _NOT_READY:
+                self._engine.record_probe(now, state.url, passed, answer.why, key)
+            height = self._height(key, answer.body)
+            if height is not None:
+                self._engine.record_height(now, state.url, key, height)
+            await self._pause(state.url, key)
+
+    def _height(self, key: str, body: bytes) -> int | None:
+        if self._config.block_height is None:
+            return None
+        try:
+            return self._config.block_height(key, body)
+        except Exception:  # the caller's; a probe must not end with it
+            logger.exception("Health.block_height failed on an answer about %r", key)
+            return None
+
+    async def _pause(self, url: str, key: str | None) -> None:
+        config = self._config
+        seconds = config.changing_interval if self._engine.health_changing(url, key) else config.interval
+        await anyio.sleep(seconds * (1 + config.jitter * self._rng.random()))
 
     def _asked(self, state: EndpointState) -> None:
         """One less to wait for."""
@@ -93,20 +135,23 @@ class Prober:
             self.settled = True
             self._first_round.set()
 
-    async def _ask(self, state: EndpointState) -> tuple[bool, str]:
-        config = self._config
-        limit = config.timeout
-        request = Request("GET", config.path.encode("ascii"), [], timeouts=Timeouts(limit, limit, limit, None))
-        try:
-            reply = await self._upstreams[state.url].send(request, [])
+    async def _ask(self, state: EndpointState, path: str) -> _Answer:
+        limit = self._config.timeout
+        request = Request("GET", path.encode("ascii"), [], timeouts=Timeouts(limit, limit, limit, None))
+        answer = _Answer(None, f"no answer within {limit:g} s")
+        with anyio.move_on_after(limit):
             try:
-                async for _ in reply.body:
-                    pass
-            finally:
-                with anyio.CancelScope(shield=True):
-                    await reply.body.aclose()
-        except PathlbError as exc:
-            return False, str(exc)
-        except Exception as exc:  # a foreign transport's own; a probe must not end with it
-            return False, f"{type(exc).__name__}: {exc}"
-        return reply.status in config.statuses, f"status {reply.status}"
+                reply = await self._upstreams[state.url].send(request, [])
+                body = b""
+                try:
+                    async for part in reply.body:
+                        body = (body + part)[:_READ]
+                finally:
+                    with anyio.CancelScope(shield=True):
+                        await reply.body.aclose()
+                answer = _Answer(reply.status, f"status {reply.status}", body)
+            except PathlbError as exc:
+                answer = _Answer(None, str(exc))
+            except Exception as exc:  # a foreign transport's own; a probe must not end with it
+                answer = _Answer(None, f"{type(exc).__name__}: {exc}")
+        return answer

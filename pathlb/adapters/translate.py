@@ -20,7 +20,7 @@ _PLACEHOLDER = PLACEHOLDER.encode("ascii")
 _BEFORE_UPGRADE = {"ws": "http", "wss": "https"}  # what a WebSocket's handshake is
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _TAKEN_OVER = ("timeout", "pathlb", "target")  # of the extensions; the target needs the endpoint's base path
-_OPTIONS = ("deadline", "idempotent", "pin", "avoid")
+_OPTIONS = ("deadline", "idempotent", "pin", "avoid", "key")
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _NO_TIMEOUTS = Timeouts(None, None, None, None)
 
@@ -196,6 +196,10 @@ def _apply_options(request: Request, options: Any) -> None:
             if not isinstance(values, Collection):
                 raise ConfigError(where, f"must be endpoint URLs, not {value!r}")
             request.avoid = frozenset(_endpoint_url(where, one) for one in values)
+        elif name == "key":
+            if not isinstance(value, str):
+                raise ConfigError(where, f"must be a string, not {value!r}")
+            request.key = value
         else:
             raise ConfigError(where, f"is unknown; the keys are {', '.join(_OPTIONS)}")
 

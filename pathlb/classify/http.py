@@ -8,9 +8,11 @@ from collections.abc import Collection
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+from ..core.config import Retry
 from ..core.model import Cause, Outcome
 from ..errors import Fault, UpstreamError
 from ..exchange import Headers, Reply, Request
+from .base import NeedBody
 
 _INSTANCE_STATUSES = frozenset({500, 502, 503, 504})
 _MAY_ASK_TO_WAIT = (Cause.OVERLOAD, Cause.INSTANCE)
@@ -21,15 +23,23 @@ _BROKEN_CONNECTION = frozenset({Fault.READ, Fault.WRITE, Fault.CLOSE, Fault.REMO
 class HTTPClassifier:
     """The generic reading: 500, 502, 503, 504 are the instance's fault, 429 is overload, everything else is an answer.
 
-    `statuses` are the ones worth another endpoint.
+    `statuses` are the ones worth another endpoint (default: those of `Retry`).
     """
 
-    def __init__(self, statuses: Collection[int]) -> None:
+    def __init__(self, statuses: Collection[int] = Retry().statuses) -> None:
         self._statuses = frozenset(statuses)
         self._known: dict[int, Outcome] = {}
 
-    def reply(self, request: Request, reply: Reply) -> Outcome:
+    def key(self, request: Request) -> str | None:
+        """None: an endpoint is one thing."""
+        return None
+
+    def reply(self, request: Request, reply: Reply, body: bytes | None = None) -> Outcome | NeedBody:
         """The outcome a reply head means."""
+        return self.by_head(reply)
+
+    def by_head(self, reply: Reply) -> Outcome:
+        """What the status says, and Retry-After."""
         outcome = self._known.get(reply.status)
         if outcome is None:
             outcome = self._known[reply.status] = self._by_status(reply.status)

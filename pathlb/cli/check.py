@@ -6,8 +6,8 @@ import argparse
 import socket
 import ssl
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,116 +15,227 @@ import anyio
 import anyio.lowlevel
 
 from ..config import Health
+from ..core.config import BlockHeight
 from ..core.errors import ConfigError
 from ..core.model import Endpoint
 from ..errors import Fault, UpstreamError
-from ..exchange import Reply, Request, Timeouts
-from ..upstream.base import UpstreamFactory
+from ..exchange import Headers, Reply, Request, Timeouts
+from ..profile import PATHProfile
+from ..upstream.base import Upstream, UpstreamFactory
 from ..upstream.oserrors import causes_of
 from ..upstream.transport import TransportUpstreams
 from . import number
+from .readiness import Readiness, explain, read_readiness
 
 _HOSTNAME_MISMATCH = 62  # X509_V_ERR_HOSTNAME_MISMATCH
 _IP_MISMATCH = 64  # X509_V_ERR_IP_ADDRESS_MISMATCH
 _EXPIRED = 10  # X509_V_ERR_CERT_HAS_EXPIRED
 _NO_VERDICT = (ssl.SSLWantReadError, ssl.SSLWantWriteError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 """The TLS errors that only say the peer went silent or away."""
+_READ = 2**22  # bytes of an answer that are looked at: PATH's details list every supplier
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one probe came to."""
+    """What one probe came to: of an instance, or of a service on it."""
 
-    url: str
+    name: str
     ok: bool
     what: str
+    services: tuple[Finding, ...] = ()
+
+    @property
+    def fine(self) -> bool:
+        return self.ok and all(service.ok for service in self.services)
 
     def __str__(self) -> str:
-        return f"{'ok  ' if self.ok else 'FAIL'}  {self.url}  {self.what}"
+        lines = [f"{'ok  ' if self.ok else 'FAIL'}  {self.name}  {self.what}"]
+        return "\n      ".join(lines + [str(service) for service in self.services])
+
+
+class Unanswered(Exception):
+    """There was no answer, or not a whole one; the message says why and what to do."""
+
+    def __init__(self, why: str, fault: Fault | None = None) -> None:
+        super().__init__(why)
+        self.fault = fault
+
+
+Told = dict[str, Readiness | str]
+"""By service: what an instance says of it, or why it could not be asked."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Exit status: 0 if every instance is fine, 1 if one is not, 2 for bad usage."
+    parser.epilog = (
+        "Exit status: 0 if every instance, and every --service on it, is fine, 1 if one is not, 2 for bad usage. "
+        "To be some blocks behind is no failure."
+    )
     parser.add_argument("urls", nargs="+", metavar="URL", help="http://host:port, https://... or unix:///path")
     parser.add_argument("--path", default="/health", help="what to ask for (default %(default)s)")
     parser.add_argument(
         "--timeout", type=number(0.001), default=2.0, help="seconds to connect, and to answer (default %(default)g)"
     )
+    parser.add_argument("--profile", choices=["path"], help="what kind of gateways they are (default: any)")
+    parser.add_argument(
+        "--service",
+        action="append",
+        default=[],
+        metavar="ID",
+        dest="services",
+        help="with --profile path: ask whether they are ready for this service too; may be repeated",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    health = Health(options.path, timeout=options.timeout)
-    findings: list[Finding] = anyio.run(check_all, options.urls, health)
+    findings: list[Finding] = anyio.run(check_all, options.urls, what_to_ask(options))
     for finding in findings:
         print(finding)
-    return 0 if all(finding.ok for finding in findings) else 1
+    return 0 if all(finding.fine for finding in findings) else 1
+
+
+def what_to_ask(options: argparse.Namespace) -> Health:
+    """The probes that a balancer with these settings makes. Raises `ConfigError`."""
+    if options.profile is None:
+        if options.services:
+            raise ConfigError("--service", "needs --profile path: other gateways cannot be asked for their services")
+        return Health(options.path, timeout=options.timeout)
+    try:
+        # With block heights its paths ask for the details.
+        profile = PATHProfile(services=options.services, block_height=BlockHeight())
+    except ConfigError as exc:
+        raise ConfigError("--service", exc.problem) from None
+    assert profile.health is not None
+    return replace(profile.health, path=options.path, timeout=options.timeout)
 
 
 async def check_all(urls: Sequence[str], health: Health) -> list[Finding]:
     """Probe all at once; one finding each, in the order given."""
-    findings: dict[int, Finding] = {}
+    checked: dict[int, tuple[Finding, Told]] = {}
     upstreams = TransportUpstreams()
 
     async def check(index: int, url: str) -> None:
-        findings[index] = await check_one(url, health, upstreams)
+        checked[index] = await check_one(url, health, upstreams)
 
     async with anyio.create_task_group() as group:
         for index, url in enumerate(urls):
             group.start_soon(check, index, url)
-    return [findings[index] for index in range(len(urls))]
+    everything = [told for _, told in checked.values()]
+    return [
+        replace(finding, services=tuple(_services(told, [other for other in everything if other is not told])))
+        for finding, told in (checked[index] for index in range(len(urls)))
+    ]
 
 
-async def check_one(url: str, health: Health, upstreams: UpstreamFactory) -> Finding:
-    """Ask one instance for `health.path`, by the way a client would take to it."""
+def _services(told: Told, others: Sequence[Told]) -> Iterator[Finding]:
+    """What one instance says of its services, seen beside the others."""
+    width = max(map(len, told), default=0)
+    for service, said in told.items():
+        name = service.ljust(width)
+        if isinstance(said, str):
+            yield Finding(name, False, said)
+        else:
+            answers = [other.get(service) for other in others]
+            readable = [answer for answer in answers if isinstance(answer, Readiness)]
+            yield Finding(name, said.ready, explain(said, readable))
+
+
+async def check_one(url: str, health: Health, upstreams: UpstreamFactory) -> tuple[Finding, Told]:
+    """Ask one instance for `health.path` and then for its services, by the way a client would take to it."""
     try:
         endpoint = Endpoint(url)
     except ConfigError as exc:
         # The message may not repeat credentials, and neither may the line.
-        return Finding(url if "@" not in url else "(URL with user info)", False, f"bad URL: {exc.problem}")
+        return Finding(url if "@" not in url else "(URL with user info)", False, f"bad URL: {exc.problem}"), {}
     failed = partial(Finding, endpoint.url, False)
-    progress = _Progress()
+    told: Told = {}
+    upstream = upstreams(endpoint)
+    # Let the others build theirs (a TLS context takes 20 ms), so that no latency has that in it.
+    await anyio.lowlevel.checkpoint()
+    try:
+        answer = await _ask(upstream, endpoint, health.path, health, _Progress())
+        if answer.status not in health.statuses:
+            return failed(_wrong_status(answer, health)), told
+        async with anyio.create_task_group() as group:
+            told.update(dict.fromkeys(health.services, ""))  # in the order given
+            for service in health.services:
+                group.start_soon(_ask_service, upstream, endpoint, service, health, told)
+    except Unanswered as exc:
+        return failed(str(exc)), told
+    finally:
+        with anyio.CancelScope(shield=True):
+            await upstream.aclose()
+    return Finding(endpoint.url, True, f"{answer.status} in {answer.seconds * 1000:.0f} ms"), told
+
+
+async def _ask_service(upstream: Upstream, endpoint: Endpoint, service: str, health: Health, told: Told) -> None:
+    path = health.services[service]
+    try:
+        # The instance has just been connected to, and may be over the same connection.
+        answer = await _ask(upstream, endpoint, path, health, _Progress(connected=True))
+    except Unanswered as exc:
+        told[service] = (
+            f"no answer to {path} within {health.timeout:g} s: it may be fetching a session; look at its full node, "
+            "or give a longer --timeout"
+            if exc.fault is Fault.READ_TIMEOUT
+            else str(exc)
+        )
+        return
+    told[service] = (
+        read_readiness(service, answer.body)
+        or f"answered {answer.status} to {path}, but not as PATH does: it is another gateway, or something before it"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    status: int
+    headers: Headers
+    body: bytes
+    seconds: float
+    """Up to its head."""
+
+
+async def _ask(upstream: Upstream, endpoint: Endpoint, path: str, health: Health, progress: _Progress) -> _Answer:
+    """A whole answer. Raises `Unanswered`."""
     limit = health.timeout
     request = Request(
         "GET",
-        health.path.encode("ascii"),
+        path.encode("ascii"),
         [(b"Accept", b"*/*"), (b"User-Agent", b"pathlb-check")],
         timeouts=Timeouts(connect=limit, read=limit, write=limit),
         extensions={"trace": progress},
     )
-    upstream = upstreams(endpoint)
-    # Let the others build theirs (a TLS context takes 20 ms), so that no latency has that in it.
-    await anyio.lowlevel.checkpoint()
     started = time.monotonic()
     reply: Reply | None = None
     seconds = 0.0
+    body = bytearray()
     try:
         # Each step has its own timeout; this one is for an answer that trickles in for ever.
         with anyio.fail_after(3 * limit):
             reply = await upstream.send(request, [])
             seconds = time.monotonic() - started
-            async for _ in reply.body:
-                pass
+            async for part in reply.body:
+                body += part[: _READ - len(body)]
     except UpstreamError as exc:
         if reply is not None:
-            return failed(f"answered {reply.status}, but the body broke off ({exc.detail}): look at the gateway's log")
-        return failed(diagnose(exc, endpoint, progress, health))
-    except TimeoutError:
-        return failed(f"answers, but was not done after {3 * limit:g} s: it is overloaded, or --path is a stream")
+            why = f"answered {reply.status}, but the body broke off ({exc.detail}): look at the gateway's log"
+            raise Unanswered(why) from exc
+        raise Unanswered(diagnose(exc, endpoint, progress, health), exc.fault) from exc
+    except TimeoutError as exc:
+        why = f"answers, but was not done after {3 * limit:g} s: it is overloaded, or --path is a stream"
+        raise Unanswered(why) from exc
     finally:
-        with anyio.CancelScope(shield=True):
-            if reply is not None:
+        if reply is not None:
+            with anyio.CancelScope(shield=True):
                 await reply.body.aclose()
-            await upstream.aclose()
-    if reply.status not in health.statuses:
-        return failed(_wrong_status(reply, health))
-    return Finding(endpoint.url, True, f"{reply.status} in {seconds * 1000:.0f} ms")
+    return _Answer(reply.status, reply.headers, bytes(body), seconds)
 
 
 class _Progress:
     """How far the connection came, from httpcore's trace events."""
 
-    def __init__(self) -> None:
-        self.connected = False
+    def __init__(self, *, connected: bool = False) -> None:
+        self.connected = connected
         self.handshaking = False
 
     async def __call__(self, name: str, info: Any) -> None:
@@ -192,15 +303,15 @@ def _tls(error: ssl.SSLError, endpoint: Endpoint) -> str:
     )
 
 
-def _wrong_status(reply: Reply, health: Health) -> str:
-    status = reply.status
+def _wrong_status(answer: _Answer, health: Health) -> str:
+    status = answer.status
     said = f"answered {status} to {health.path}"
     if status in (401, 403):
         return f"{said}: it wants credentials for that; give a --path that is open"
     if status in (404, 405):
         return f"{said}: the gateway answers, but not there; give its health --path"
     if 300 <= status < 400:
-        location = next((value.decode("latin-1") for name, value in reply.headers if name.lower() == b"location"), "")
+        location = next((value.decode("latin-1") for name, value in answer.headers if name.lower() == b"location"), "")
         return f"{said}, a redirect to {location or 'nowhere'}: give the address it stands for"
     if status == 429:
         return f"{said}: it is being throttled; ask less often"

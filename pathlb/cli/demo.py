@@ -1,4 +1,4 @@
-"""`pathlb demo`: emulated gateways, a balanced client, one instance killed, one slowed, both brought back."""
+"""`pathlb demo`: emulated gateways, a balanced client, and what happens to the gateways (see `scenario`)."""
 
 from __future__ import annotations
 
@@ -8,56 +8,34 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
+from itertools import cycle
 
 import anyio
 import anyio.abc
 import anyio.to_thread
 
 from ..adapters.httpx import AsyncClient
-from ..core.config import Breaker, Outlier, SlowStart
-from ..core.events import BreakerChanged, Ejected, Event, GivenUp, PanicChanged, Returned
-from ..core.model import Endpoint
+from ..core.events import BreakerChanged, Ejected, Event, GivenUp, HealthChanged, PanicChanged, Returned
 from ..errors import PathlbError
-from ..testing import Fleet, Mode, ServiceTime
+from ..exchange import Attempt
+from ..testing import Fleet, ServiceTime
 from . import number
 from .report import closing_report, kept_up
+from .scenario import ANY, PATH, Scenario, label
 from .screen import Row, Screen, View, make_screen
 from .traffic import Ledger, open_loop, percentile
 
 FIRST_PORT = 3069
+_HIGHEST_PORT = 65_485  # fifty more follow
 _SERVICE_TIME = ServiceTime.constant(0.02)
-_SLOWER = 10
 _RATES = (2000.0, 1000.0, 500.0, 200.0)
 """Requests a second, the first of them this machine can do: what five gateways of 400 each are for, and less."""
 _TRIAL = 1.0  # seconds a rate is tried
 _GRACE = 1.0  # seconds that requests in flight get when the demo is interrupted
 _REQUEST = b'{"jsonrpc":"2.0","id":1,"method":"eth_blockNumber","params":[]}'
-_HEADERS = {"Content-Type": "application/json", "Target-Service-Id": "eth"}
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """A stretch of steady traffic, begun by a change to the fleet."""
-
-    name: str
-    change: Callable[[], None] = lambda: None
-    """Blocks until the change is in effect."""
-
-
-def play(fleet: Fleet) -> list[Phase]:
-    """What happens in the demo, in order."""
-    first, last = fleet[0], fleet[-1]
-    slow = partial(last.set_mode, Mode.SLOW, factor=_SLOWER)
-    return [
-        Phase("steady"),
-        Phase(f"{_label(first.url)} killed", first.kill),
-        Phase(f"{_label(first.url)} restored", first.restore),
-        Phase(f"{_label(last.url)} {_SLOWER}x slower", slow),
-        Phase(f"{_label(last.url)} recovered", last.restore),
-    ]
+_HEADERS = {"Content-Type": "application/json"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,38 +44,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rate", type=number(1, 10_000), help=f"requests a second, in all (default {_RATES[0]:g} if this machine can)"
     )
     parser.add_argument(
-        "--seconds-per-phase", type=number(0.1, 3600), default=7.0, metavar="S", help="default %(default)g, five phases"
+        "--seconds-per-phase",
+        type=number(0.1, 3600),
+        default=7.0,
+        metavar="S",
+        help="default %(default)g; five phases, nine with --profile path",
     )
     parser.add_argument(
         "--gateways", type=int, choices=range(2, 51), default=5, metavar="N", help="2 to 50 (default %(default)d)"
     )
+    parser.add_argument(
+        "--port",
+        type=port_number,
+        default=FIRST_PORT,
+        metavar="P",
+        help="of the first gateway, the others follow (default %(default)d; 0: any that are free)",
+    )
+    parser.add_argument(
+        "--profile",
+        choices=["path"],
+        help="emulate PATH gateways with two services, one of which loses its session on an instance, the other all "
+        "of its suppliers; what is lost in that outage is not held against the exit status",
+    )
     parser.add_argument("--plain", action="store_true", help="lines instead of a table that redraws itself")
 
 
-def run(options: argparse.Namespace, script: Callable[[Fleet], list[Phase]] = play) -> int:
-    """Play `script` to a client; the exit status is 1 if a request was lost."""
+def port_number(text: str) -> int:
+    """An argparse type: room for all the gateways' ports from here on."""
+    port = int(text)
+    if not 0 <= port <= _HIGHEST_PORT:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {_HIGHEST_PORT}, not {text}")
+    return port
+
+
+def run(options: argparse.Namespace, scenario: Scenario | None = None) -> int:
+    """Play a scenario to a client; the exit status is 1 if a request was lost that could have been answered."""
+    scenario = scenario or (PATH if options.profile == "path" else ANY)
     seconds, count = options.seconds_per_phase, options.gateways
-    ports = [port if _is_free(port) else 0 for port in range(FIRST_PORT, FIRST_PORT + count)]
+    wanted = range(options.port, options.port + count) if options.port else [0] * count
+    ports = [port if _is_free(port) else 0 for port in wanted]
     print(f"starting {count} emulated gateways ...", flush=True)
-    with Fleet(ports=ports, processes=True, service_time=_SERVICE_TIME) as fleet:
-        for gateway, port in zip(fleet, range(FIRST_PORT, FIRST_PORT + count), strict=True):
-            if gateway.port != port:
+    with Fleet(ports=ports, processes=True, service_time=_SERVICE_TIME, path=scenario.path) as fleet:
+        for gateway, port in zip(fleet, wanted, strict=True):
+            if port and gateway.port != port:
                 print(f"port {port} is taken: {gateway.name} is on {gateway.port}")
-        demo = Demo(fleet, options.rate or 0.0, seconds, script(fleet), make_screen(options.plain))
+        demo = Demo(fleet, options.rate or 0.0, seconds, scenario, make_screen(options.plain))
         if not options.rate:
             anyio.run(demo.find_rate)
         print(demo.introduction, flush=True)
         anyio.run(demo.run)
-        instances = [_label(url) for url in fleet.urls]
+        instances = [label(url) for url in fleet.urls]
     print()
     print(closing_report(demo.ledger, instances, demo.rate, demo.unfinished))
-    return 1 if any(account.lost for account in demo.ledger.accounts) else 0
+    return 1 if any(tally.lost > tally.hopeless for tally in demo.ledger.totals().values()) else 0
 
 
 class Demo:
     """One performance: the traffic, the changes to the fleet, and what is seen of both."""
 
-    def __init__(self, fleet: Fleet, rate: float, seconds: float, phases: Sequence[Phase], screen: Screen) -> None:
+    def __init__(self, fleet: Fleet, rate: float, seconds: float, scenario: Scenario, screen: Screen) -> None:
         self.ledger = Ledger()
         self.unfinished = 0
         """Requests neither answered nor lost: the end came first."""
@@ -105,7 +110,11 @@ class Demo:
         """Requests a second; 0 until `find_rate` has found out."""
         self._fleet = fleet
         self._seconds = seconds
-        self._phases = phases
+        self._scenario = scenario
+        self._phases = scenario.phases(fleet)
+        self._services = cycle(scenario.services)
+        self._outages: tuple[str, ...] = ()
+        """The services that nobody can serve at the moment."""
         self._screen = screen
         self._began = 0.0
         self._back_within = seconds / 3
@@ -114,11 +123,13 @@ class Demo:
     def introduction(self) -> str:
         """What is about to be seen, and which settings are not pathlb's own."""
         back = self._back_within
+        health = self._scenario.options(back).get("health")
+        probes = f", Health(interval={health.interval:.2g})" if health else ""
         return (
             f"{self.rate:,g} requests/s of {_SERVICE_TIME.mean * 1000:.0f} ms through one pathlb.AsyncClient, "
             f"{len(self._phases)} phases of {self._seconds:g} s\n"
-            f"pathlb's defaults, but shortened so that you see instances come back: Breaker(open_max={back:.2g}), "
-            f"Outlier(eject_for={back:.2g}), SlowStart(window={back:.2g})"
+            f"{self._scenario.settings}, but shortened so that you see instances come back: "
+            f"Breaker(open_max={back:.2g}), Outlier(eject_for={back:.2g}), SlowStart(window={back:.2g}){probes}"
         )
 
     async def find_rate(self) -> None:
@@ -126,7 +137,7 @@ class Demo:
         for rate in _RATES:
             self.ledger = Ledger()
             account = self.ledger.open("trial")
-            async with AsyncClient(self._fleet.urls, idempotent=True) as client:
+            async with self._client() as client:
                 async with anyio.create_task_group() as requests:
                     fire = partial(requests.start_soon, self._request, client)
                     await open_loop(rate, _TRIAL, fire, account)
@@ -139,14 +150,7 @@ class Demo:
 
     async def run(self) -> None:
         """Play every phase, or until SIGINT or SIGTERM, and wait for the last answers."""
-        back = self._back_within
-        client = AsyncClient(
-            self._fleet.urls,
-            idempotent=True,  # the requests are reads, though JSON-RPC makes them POSTs
-            breaker=Breaker(open_for=min(1.0, back), open_max=back),
-            outlier=Outlier(eject_for=back),
-            slow_start=SlowStart(window=back),
-        )
+        client = self._client()
         self._began = time.monotonic()
         with self._screen:
             async with client, anyio.create_task_group() as watchers:
@@ -159,13 +163,18 @@ class Demo:
                         requests.cancel_scope.deadline = anyio.current_time() + _GRACE
                 watchers.cancel_scope.cancel()
 
+    def _client(self) -> AsyncClient:
+        return AsyncClient(self._fleet.urls, **self._scenario.options(self._back_within))
+
     async def _until_over(self, client: AsyncClient, requests: anyio.abc.TaskGroup) -> bool:
         """Send requests phase by phase; true if a signal ended it early."""
         async with anyio.create_task_group() as playing:
             playing.start_soon(self._on_signal, playing.cancel_scope)
             for phase in self._phases:
+                self._outages += phase.outages
                 # Blocks, and must not hold up the requests of this loop.
                 await anyio.to_thread.run_sync(phase.change)
+                self._outages = phase.outages
                 account = self.ledger.open(phase.name)
                 self._note(f"-- {phase.name}")
                 fire = partial(requests.start_soon, self._request, client)
@@ -182,23 +191,29 @@ class Demo:
                 return
 
     async def _request(self, client: AsyncClient) -> None:
-        ledger = self.ledger
+        ledger, service = self.ledger, next(self._services)
+        hopeless = service in self._outages
         started = time.monotonic()
         self.unfinished += 1
+        attempts: Sequence[Attempt] = ()
+        reason = ""
         try:
-            response = await client.post("/v1", content=_REQUEST, headers=_HEADERS)
+            response = await client.post("/v1", content=_REQUEST, headers={**_HEADERS, "Target-Service-Id": service})
+            attempts = response.extensions["pathlb"]["attempts"]
+            if not response.is_success:
+                reason = f"status {response.status_code}"
         except PathlbError as exc:
-            ledger.lost(exc.message, len(exc.attempts))
+            attempts, reason = exc.attempts, exc.message
         except Exception as exc:
             # Whatever it is, the caller has no answer, and the report says why.
-            ledger.lost(f"{type(exc).__name__}: {exc}", 1)
+            reason = f"{type(exc).__name__}: {exc}"
+        if reason:
+            if len(self._scenario.services) > 1:
+                reason = f"{service}: {reason}"
+            ledger.lost(service, reason, len(attempts), hopeless or service in self._outages)
         else:
-            attempts = response.extensions["pathlb"]["attempts"]
-            if response.is_success:
-                now = time.monotonic()
-                ledger.answered(now, _label(attempts[-1].endpoint), now - started, len(attempts))
-            else:
-                ledger.lost(f"status {response.status_code}", len(attempts))
+            now = time.monotonic()
+            ledger.answered(service, now, label(attempts[-1].endpoint), now - started, len(attempts))
         # Not in a finally: what is cancelled here stays unfinished.
         self.unfinished -= 1
 
@@ -211,17 +226,18 @@ class Demo:
     def _view(self, client: AsyncClient) -> View:
         now = time.monotonic()
         recent = self.ledger.recent(now)
+        totals = self.ledger.totals()
         rows = []
         for endpoint in client.balancer.snapshot().endpoints:
-            label = _label(endpoint.url)
+            name = label(endpoint.url)
             rows.append(
                 Row(
-                    label,
-                    endpoint.state,
+                    name,
+                    "; ".join([endpoint.state, *(f"{key}: {state}" for key, state in endpoint.services.items())]),
                     endpoint.in_flight,
-                    recent.rate(label),
-                    recent.p50(label),
-                    recent.share(label),
+                    recent.rate(name),
+                    recent.p50(name),
+                    recent.share(name),
                     endpoint.breaker.state,
                 )
             )
@@ -230,7 +246,7 @@ class Demo:
             phase=self.ledger.current.phase,
             rate=sum(row.rate for row in rows),
             p50=percentile(recent.everything(), 50),
-            lost=sum(account.lost for account in self.ledger.accounts),
+            lost={service: totals[service].lost for service in self._scenario.services},
             rows=rows,
         )
 
@@ -246,16 +262,16 @@ class Demo:
 def describe(event: Event) -> str:
     """An event in a few words; nothing for those that come with every request."""
     match event:
-        case BreakerChanged(before=before, after="open"):
-            return f"{_label(event.endpoint)}: breaker {before} -> open ({event.why})"
-        case BreakerChanged(before=before, after="closed"):
-            return f"{_label(event.endpoint)}: breaker {before} -> closed ({event.why})"
+        case BreakerChanged(before=before, after=("open" | "closed") as after):
+            return f"{_subject(event)}: breaker {before} -> {after} ({event.why})"
         case Ejected():
-            return f"{_label(event.endpoint)}: ejected for {event.seconds:.1f} s, by its {event.signal} ({event.why})"
+            return f"{_subject(event)}: ejected for {event.seconds:.1f} s, by its {event.signal} ({event.why})"
         case Returned():
-            return f"{_label(event.endpoint)}: back from its ejection"
+            return f"{_subject(event)}: back from its ejection"
+        case HealthChanged(before=before, after=after) if "down" in (before, after):
+            return f"{_subject(event)}: probes say it is {after} ({event.why})"
         case GivenUp():
-            return f"{_label(event.endpoint)}: {event.attempts} attempts given up and sent elsewhere"
+            return f"{label(event.endpoint)}: {event.attempts} attempts given up and sent elsewhere"
         case PanicChanged(panicking=True):
             return f"panic: {event.eligible} of {event.total} instances eligible, requests go to those out too"
         case PanicChanged():
@@ -263,9 +279,8 @@ def describe(event: Event) -> str:
     return ""
 
 
-def _label(url: str) -> str:
-    """Short for an instance of this machine: its port."""
-    return f":{Endpoint(url).port}"
+def _subject(event: BreakerChanged | Ejected | Returned | HealthChanged) -> str:
+    return label(event.endpoint) + (f" for {event.key}" if event.key else "")
 
 
 def _is_free(port: int) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from .screen import milliseconds
-from .traffic import Account, Ledger, percentile
+from .traffic import Account, Ledger, Tally, percentile
 
 _KEPT_UP = 0.95  # of the rate asked for: below it the figures say more about this machine than about the fleet
 _REASONS = 5
@@ -23,11 +23,14 @@ def kept_up(account: Account, rate: float) -> bool:
 
 def _lines(ledger: Ledger, instances: Sequence[str], rate: float, unfinished: int) -> Iterator[str]:
     accounts = ledger.accounts
-    total = sum(account.ended for account in accounts)
-    lost = sum(account.lost for account in accounts)
-    retried = sum(account.retried for account in accounts)
+    totals = ledger.totals()
+    total = sum(totals.values(), Tally())
     seconds = sum(account.seconds for account in accounts)
-    yield f"{total} requests in {seconds:.1f} s: {lost} lost, {retried} retried"
+    yield f"{total.ended} requests in {seconds:.1f} s: {total.lost} lost, {total.retried} retried"
+    services = sorted(totals)
+    for service in services:
+        if totals[service].hopeless:
+            yield f"{totals[service].hopeless} were lost while nobody could serve {service}"
     if unfinished:
         yield f"{unfinished} more were in flight at the end and are not counted"
     yield ""
@@ -36,6 +39,13 @@ def _lines(ledger: Ledger, instances: Sequence[str], rate: float, unfinished: in
         [_figures(account, rate) for account in accounts],
     )
     yield ""
+    if len(services) > 1:
+        yield "lost and retried per service"
+        yield from _table(
+            ["phase", *(f"{service} {what}" for service in services for what in ("requests", "lost", "retried"))],
+            [[account.phase, *_per_service(account, services)] for account in accounts],
+        )
+        yield ""
     yield "share of the answers per instance"
     yield from _table(
         ["phase", *instances],
@@ -53,12 +63,19 @@ def _lines(ledger: Ledger, instances: Sequence[str], rate: float, unfinished: in
             yield f"  and {len(ledger.reasons) - _REASONS} other reasons"
 
 
+def _per_service(account: Account, services: Iterable[str]) -> Iterator[str]:
+    for service in services:
+        tally = account.tallies[service]
+        yield from (str(tally.ended), str(tally.lost), str(tally.retried))
+
+
 def _figures(account: Account, rate: float) -> list[str]:
+    total = account.total
     return [
         account.phase,
-        str(account.ended),
-        str(account.lost),
-        str(account.retried),
+        str(total.ended),
+        str(total.lost),
+        str(total.retried),
         f"{rate:g}",
         f"{account.rate:.0f}",
         milliseconds(percentile(account.latencies, 50)),

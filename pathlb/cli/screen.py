@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
@@ -20,6 +20,7 @@ class Row:
 
     instance: str
     state: str
+    """Its own, and after semicolons those of single services, where they differ."""
     in_flight: int
     rate: float
     p50: float | None
@@ -36,7 +37,8 @@ class View:
     phase: str
     rate: float
     p50: float | None
-    lost: int
+    lost: Mapping[str, int]
+    """By service."""
     rows: Sequence[Row]
 
 
@@ -93,8 +95,14 @@ def plain_line(view: View) -> str:
     rows = "  ".join(f"{row.instance} {row.rate:.0f}/s{_unless_ready(row.state)}" for row in view.rows)
     return (
         f"[{view.seconds:4.1f} s] {view.phase}: {view.rate:.0f}/s, p50 {milliseconds(view.p50)} ms, "
-        f"{view.lost} lost | {rows}"
+        f"{_lost(view)} | {rows}"
     )
+
+
+def _lost(view: View) -> str:
+    if len(view.lost) < 2:
+        return f"{sum(view.lost.values())} lost"
+    return "lost: " + ", ".join(f"{count} {service}" for service, count in view.lost.items())
 
 
 def _unless_ready(state: str) -> str:
@@ -135,7 +143,7 @@ def rich_table(view: View) -> Table:
 
     table = Table(
         title=f"{view.phase}  ({view.seconds:.0f} s)",
-        caption=f"{view.rate:.0f} requests/s answered, p50 {milliseconds(view.p50)} ms, {view.lost} lost",
+        caption=f"{view.rate:.0f} requests/s answered, p50 {milliseconds(view.p50)} ms, {_lost(view)}",
     )
     table.add_column("instance")
     table.add_column("state", min_width=max(map(len, _STYLES)))
@@ -145,7 +153,7 @@ def rich_table(view: View) -> Table:
     for row in view.rows:
         table.add_row(
             row.instance,
-            Text(row.state, style=_STYLES.get(row.state, "red")),
+            Text(row.state, style="yellow" if ";" in row.state else _STYLES.get(row.state, "red")),
             str(row.in_flight),
             f"{row.rate:.0f}",
             milliseconds(row.p50),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -42,6 +42,26 @@ async def open_loop(
 
 
 @dataclass(slots=True)
+class Tally:
+    """How many requests for one service ended, and how."""
+
+    ended: int = 0
+    lost: int = 0
+    hopeless: int = 0
+    """Of the lost: nobody could have answered them."""
+    retried: int = 0
+    """Requests that took more than one attempt."""
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.ended + other.ended,
+            self.lost + other.lost,
+            self.hopeless + other.hopeless,
+            self.retried + other.retried,
+        )
+
+
+@dataclass(slots=True)
 class Account:
     """What came of the requests that ended in one phase. Times in seconds."""
 
@@ -50,16 +70,16 @@ class Account:
     due: int = 0
     """Requests the schedule asked for."""
     sent: int = 0
-    lost: int = 0
-    retried: int = 0
-    """Requests that took more than one attempt."""
+    tallies: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
+    """By service."""
     latencies: list[float] = field(default_factory=list)
     """Of the answered requests: from the call to the last byte of the body."""
     answered_by: Counter[str] = field(default_factory=Counter)
 
     @property
-    def ended(self) -> int:
-        return len(self.latencies) + self.lost
+    def total(self) -> Tally:
+        """Of all services."""
+        return sum(self.tallies.values(), Tally())
 
     @property
     def rate(self) -> float:
@@ -91,17 +111,30 @@ class Ledger:
         self.accounts.append(account)
         return account
 
-    def answered(self, now: float, instance: str, seconds: float, attempts: int) -> None:
+    def answered(self, service: str, now: float, instance: str, seconds: float, attempts: int) -> None:
         account = self.current
         account.latencies.append(seconds)
         account.answered_by[instance] += 1
-        account.retried += attempts > 1
+        tally = account.tallies[service]
+        tally.ended += 1
+        tally.retried += attempts > 1
         self._recent.append((now, instance, seconds))
 
-    def lost(self, reason: str, attempts: int) -> None:
-        self.current.lost += 1
-        self.current.retried += attempts > 1
+    def lost(self, service: str, reason: str, attempts: int, hopeless: bool = False) -> None:
+        tally = self.current.tallies[service]
+        tally.ended += 1
+        tally.lost += 1
+        tally.hopeless += hopeless
+        tally.retried += attempts > 1
         self.reasons[reason] += 1
+
+    def totals(self) -> defaultdict[str, Tally]:
+        """Over all phases, by service."""
+        totals: defaultdict[str, Tally] = defaultdict(Tally)
+        for account in self.accounts:
+            for service, tally in account.tallies.items():
+                totals[service] += tally
+        return totals
 
     def recent(self, now: float) -> Recent:
         """The answers of the last second."""

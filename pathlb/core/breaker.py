@@ -115,17 +115,19 @@ class CircuitBreaker:
 
     # --- outcomes
 
-    def observe(self, now: float, mark: Mark, epoch: int, *, probe: bool = False, panic: bool = False) -> None:
-        """Count an outcome of a request picked in `epoch`, as the probe or in panic."""
+    def observe(
+        self, now: float, mark: Mark, epoch: int, *, probe: bool = False, panic: bool = False, trip: bool = False
+    ) -> None:
+        """Count an outcome of a request picked in `epoch`, as the probe or in panic; to `trip` a failure is enough."""
         if self.state is _CLOSED:
             if epoch == self.epoch and mark is not _IGNORE:
-                self._count(now, mark is _FAILURE)
+                self._count(now, mark is _FAILURE, trip)
         elif probe and epoch == self.epoch:
             self._fire(now, _PROBE_EVENTS[mark])
         elif panic and epoch >= self._open_epoch and mark is _SUCCESS:
             self._fire(now, BreakerEvent.PROVED)
 
-    def _count(self, now: float, failed: bool) -> None:
+    def _count(self, now: float, failed: bool, trip: bool) -> None:
         if not failed:
             self._successes.add(now)
             self.consecutive_failures = 0
@@ -134,7 +136,9 @@ class CircuitBreaker:
         self.consecutive_failures += 1
         good, bad = self._successes.total(now), self._failures.total(now)
         config = self._config
-        if self.consecutive_failures >= config.failures:
+        if trip:
+            self._fire(now, BreakerEvent.TRIPPED, "one failure was proof")
+        elif self.consecutive_failures >= config.failures:
             self._fire(now, BreakerEvent.TRIPPED, f"{self.consecutive_failures} failures in a row")
         elif good + bad >= config.min_requests and good < config.success_rate * (good + bad):
             self._fire(now, BreakerEvent.TRIPPED, f"{bad} of {good + bad} failed in {config.window:g} s")

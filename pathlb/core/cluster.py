@@ -9,21 +9,23 @@ from functools import partial
 
 from . import events
 from .breaker import BreakerState, CircuitBreaker
-from .config import Breaker, Limits, Outlier, Panic, Retry, SlowStart, check_number
-from .eligibility import Standing, View, standing, survey
+from .comparison import active_keys, compare
+from .config import BlockHeight, Breaker, Limits, Outlier, Panic, Retry, SlowStart, check_number
+from .eligibility import IN_SERVICE, Standing, View, scopes_of, standing, survey
 from .endpoints import Admin, EndpointSet, EndpointState, SetChange
 from .errors import ConfigError
 from .health import Health, HealthState
 from .lease import Lease
 from .load import Sample
 from .model import SIGNALS, Cause, Endpoint, Mark, Outcome, Rng
-from .outlier import Verdict, judge
+from .outlier import Verdict
+from .scope import Scope
 
 _JUDGE_EVERY = 0.1  # seconds between outlier comparisons of up to 50 endpoints; longer for more, the cost is linear
 _OVERLOAD_BACKOFF = 0.25  # seconds an endpoint is passed over after a first 429 without Retry-After, doubling
 _OVERLOAD_MAX = 8.0
 _RETRY_AFTER_MAX = 30.0  # what one reply may ask for on behalf of all requests to its endpoint
-_KEYS_KEPT = 100  # breakers of keys on one endpoint, beyond which those with nothing to remember are dropped
+_KEYS_KEPT = 200  # scopes of one endpoint, beyond which those with nothing to remember go, or the one not used longest
 _RAMP_STEP = 0.1  # seconds between updates of a weight on the slow-start ramp
 
 
@@ -41,6 +43,7 @@ class Settings:
     """Active probes decide the health; it is unknown until they do."""
     rise: int = 1
     fall: int = 1
+    block_height: BlockHeight | None = None
 
     def __post_init__(self) -> None:
         for name in ("rise", "fall"):
@@ -50,6 +53,12 @@ class Settings:
 def _is_scoped(outcome: Outcome) -> bool:
     """Whether one service on the endpoint is at fault, and the endpoint itself is not."""
     return outcome.cause is Cause.SERVICE and outcome.key is not None
+
+
+def _is_passed_on(outcome: Outcome) -> bool:
+    """Whether the endpoint told of a fault behind it: no reason to trust it less, and proof that it works."""
+    behind = outcome.cause is Cause.BEYOND or (outcome.cause is Cause.OVERLOAD and outcome.key is not None)
+    return behind and outcome.status is not None
 
 
 class Cluster:
@@ -120,10 +129,15 @@ class Cluster:
         self._ramp(now, state)
         self._outbox.add(events.EndpointsChanged(now, undrained=(url,)))
 
-    def record_probe(self, now: float, url: str, passed: bool, why: str) -> None:
-        """Take in the result of an active probe; of an endpoint removed meanwhile it is ignored."""
+    def record_probe(self, now: float, url: str, passed: bool, why: str, key: str | None = None) -> None:
+        """Take in the result of an active probe, of one service if it has a `key`. An unknown URL is ignored: the
+        endpoint was removed meanwhile.
+        """
         state = self._set.get(url)
         if state is None:
+            return
+        if key is not None:
+            self._record_key_probe(now, state, key, passed, why)
             return
         before = state.health.state
         if not passed:
@@ -134,16 +148,35 @@ class Cluster:
             self._invalidate()
             self._outbox.add(events.HealthChanged(now, url, before.value, state.health.state.value, why))
 
+    def record_height(self, now: float, url: str, key: str | None, height: int) -> None:
+        """An endpoint has told the block height of a service. Without `Settings.block_height` nobody asks."""
+        config, state = self._settings.block_height, self._set.get(url)
+        if config is None or state is None:
+            return
+        scope = state if key is None else self.scope(now, state, key)
+        scope.height_until = now + config.max_age
+        if scope.height != height:
+            scope.height = height
+            self._invalidate()
+
+    def _record_key_probe(self, now: float, state: EndpointState, key: str, passed: bool, why: str) -> None:
+        health = self.scope(now, state, key).health
+        before = health.state
+        if health.record(passed, why):
+            self._invalidate()
+            self._outbox.add(events.HealthChanged(now, state.url, before.value, health.state.value, why, key))
+
     @property
     def fastest(self) -> float:
         """Seconds the fastest endpoint usually takes to a reply head; 0 before the first reply."""
         known = [state.latency.seconds for state in self._set if state.latency.seconds is not None]
         return min(known, default=0.0)
 
-    def health_changing(self, url: str) -> bool:
+    def health_changing(self, url: str, key: str | None = None) -> bool:
         """Whether the last probe result contradicts the verdict, so that the next should come sooner."""
         state = self._set.get(url)
-        return state is not None and state.health.changing
+        scope = state if state is None or key is None else state.scopes.get(key)
+        return scope is not None and scope.health.changing
 
     def view(self, key: str | None) -> View:
         """What picks for `key` choose from."""
@@ -151,27 +184,51 @@ class Cluster:
         if view is None:
             if key is not None and key not in self._shut_keys():
                 return self.view(None)  # nothing sets it apart; keys come from callers, there may be any number
-            view = self._views[key] = survey(self._set, self._settings.panic, key)
+            view = self._views[key] = survey(self._set, self._settings.panic, key, self._settings.block_height)
         return view
 
     def _shut_keys(self) -> frozenset[str]:
-        """Keys with a breaker that is not closed."""
+        """Keys some endpoint is out for that is not out altogether."""
         if self._shut is None:
             self._shut = frozenset(
                 key
                 for state in self._set
-                for key, breaker in state.key_breakers.items()
-                if breaker.state is not BreakerState.CLOSED
+                for key, scope in state.scopes.items()
+                if not scope.in_service or scope.height is not None
             )
         return self._shut
 
+    def scope(self, now: float, state: EndpointState, key: str) -> Scope:
+        """What is known of a service on an endpoint. Callers make up keys, so only so many are kept."""
+        scopes = state.scopes
+        scope = scopes.pop(key, None)
+        if scope is None:
+            if len(scopes) >= _KEYS_KEPT:
+                idle = [known for known, one in scopes.items() if one.idle(now)]
+                for known in idle or [next(iter(scopes))]:
+                    del scopes[known]
+                if not idle:
+                    self._invalidate()  # it may have been out
+            scope = Scope(HealthState(probed=False, rise=self._settings.rise, fall=self._settings.fall))
+            scope.breaker = self._new_breaker(state, key)
+        scopes[key] = scope  # the one used last comes last
+        return scope
+
     # --- evidence
 
-    def succeeded(self, running: float, state: EndpointState, seconds: float) -> None:
+    def succeeded(self, running: float, lease: Lease, seconds: float) -> None:
         """A reply head arrived after `seconds`. `running` is the time less the stalls of this process."""
+        state, scope = lease.endpoint, lease.scope
+        sample = Sample(running, False, seconds, lease.key)
         state.latency.record(running, seconds)
         state.recent.answered(running, running - seconds)
-        state.recent.add(Sample(running, False, seconds))
+        if scope is None:
+            state.recent.add(sample)
+        else:
+            scope.recent.answered(running, running - seconds)
+            if not lease.set_aside:
+                state.recent.add(sample)
+                scope.recent.add(sample)
         state.overload_streak = 0
         state.counts.ok += 1
 
@@ -180,73 +237,79 @@ class Cluster:
         state = lease.endpoint
         if outcome.status is not None:
             state.recent.answered(running, lease.began)
+            if lease.scope is not None:
+                lease.scope.recent.answered(running, lease.began)
         if outcome.cause is Cause.OVERLOAD:
             state.counts.overloaded += 1
-            self._throttle(now, state, outcome.retry_after)
+            if outcome.key is None:  # too much of one service says nothing of the others
+                self._throttle(now, state, outcome.retry_after)
         elif SIGNALS[outcome.cause].outlier is Mark.FAILURE:
             state.counts.failed += 1
-            self._note_failure(now, running, state, outcome)
+            self._note_failure(now, running, lease, outcome)
         else:
             state.counts.ignored += 1
 
-    def body_failed(self, now: float, running: float, state: EndpointState, outcome: Outcome) -> None:
+    def body_failed(self, now: float, running: float, lease: Lease, outcome: Outcome) -> None:
         """The body of a reply broke off whose head was counted already."""
-        state.counts.broken += 1
+        lease.endpoint.counts.broken += 1
         if SIGNALS[outcome.cause].outlier is Mark.FAILURE:
-            self._note_failure(now, running, state, outcome)
+            self._note_failure(now, running, lease, outcome)
 
-    def _note_failure(self, now: float, running: float, state: EndpointState, outcome: Outcome) -> None:
-        if not _is_scoped(outcome):
-            state.recent.add(Sample(running, True, None))
-            state.last_failed = now
+    def _note_failure(self, now: float, running: float, lease: Lease, outcome: Outcome) -> None:
+        scoped = _is_scoped(outcome)
+        if not scoped:
+            lease.endpoint.last_failed = now
+        if lease.set_aside:
+            return
+        sample = Sample(running, True, None, lease.key)
+        if lease.scope is not None and outcome.key in (None, lease.key):
+            lease.scope.recent.add(sample)
+        if not scoped:
+            lease.endpoint.recent.add(sample)
 
     def inform_breakers(self, now: float, lease: Lease, outcome: Outcome) -> None:
-        """Let the breakers of the endpoint and of the keys concerned count it, and end the probe the lease may be."""
-        state, mark = lease.endpoint, SIGNALS[outcome.cause].breaker
-        breaker, keyed = state.breaker, lease.key is not None or outcome.key is not None
-        # An instance that answers for one of its services being at fault is itself at work.
-        own = Mark.SUCCESS if keyed and _is_scoped(outcome) else mark
-        breaker.observe(now, own, lease.epoch, probe=lease.probing is breaker, panic=lease.panic)
-        if not keyed:
-            return
-        if outcome.key is not None and mark is Mark.FAILURE and outcome.key not in state.key_breakers:
-            self._add_key_breaker(now, state, outcome.key)
-        for key in dict.fromkeys((lease.key, outcome.key)):
-            scoped = state.key_breakers.get(key) if key is not None else None
-            if scoped is None:
-                continue
-            about = mark if outcome.key is None or outcome.key == key else Mark.IGNORE
-            epoch = lease.key_epoch if key == lease.key else scoped.epoch
-            scoped.observe(now, about, epoch, probe=scoped is lease.probing, panic=lease.panic)
+        """Let the breakers of the endpoint and of the keys concerned count it, and end the probe the lease may be.
 
-    def _add_key_breaker(self, now: float, state: EndpointState, key: str) -> None:
-        breakers = state.key_breakers
-        if len(breakers) >= _KEYS_KEPT:
-            for idle in [known for known, breaker in breakers.items() if breaker.idle(now)]:
-                del breakers[idle]
-        breakers[key] = self._new_breaker(state, key)
+        A failure counts for the scope it speaks about alone; a success for all the request went through.
+        """
+        state, mark, trip = lease.endpoint, SIGNALS[outcome.cause].breaker, outcome.trip
+        if (lease.probing is not None or lease.panic) and _is_passed_on(outcome):
+            mark = Mark.SUCCESS
+        breaker, scoped = state.breaker, _is_scoped(outcome)
+        # An instance that answers for one of its services being at fault is itself at work.
+        own = Mark.SUCCESS if scoped else mark
+        breaker.observe(now, own, lease.epoch, probe=lease.probing is breaker, panic=lease.panic, trip=trip)
+        about = Mark.IGNORE if mark is Mark.FAILURE and not scoped else mark
+        elsewhere = outcome.key is not None and outcome.key != lease.key
+        if lease.scope is not None and lease.key is not None and state.scopes.get(lease.key) is lease.scope:
+            keyed, mine = lease.scope.breaker, Mark.IGNORE if elsewhere else about
+            keyed.observe(now, mine, lease.key_epoch, probe=keyed is lease.probing, panic=lease.panic, trip=trip)
+        if elsewhere and outcome.key is not None and about is not Mark.IGNORE:
+            keyed = self.scope(now, state, outcome.key).breaker
+            keyed.observe(now, about, keyed.epoch, trip=trip)
 
     def eject_outliers(self, now: float, running: float) -> None:
         """Compare the endpoints and set aside what stands out, as far as the maximum share allows."""
         config = self._settings.outlier
         if config is None or now < self._next_judgement:
             return
-        self._next_judgement = now + _JUDGE_EVERY * max(1.0, len(self._set) / 50)
-        stands = {state.url: standing(state) for state in self._set}
-        in_service = (Standing.READY, Standing.SLOW_START, Standing.THROTTLED)
-        judged = [state for state in self._set if stands[state.url] in in_service]
-        present = sum(verdict is not Standing.DRAINING for verdict in stands.values())
-        out = sum(state.ejection.until is not None for state in self._set)
-        room = min(max(1, int(config.max_ejected * present)) - out, len(judged) - 1)
-        for verdict in judge(judged, running, config)[: max(0, room)]:
-            self._eject(now, verdict, config)
+        stands = {state: standing(state) for state in self._set}
+        judged = [state for state, stand in stands.items() if stand in IN_SERVICE]
+        compared = len(self._set) * (1 + len(active_keys(judged, running - config.window)))
+        self._next_judgement = now + _JUDGE_EVERY * max(1.0, compared / 50)
+        present = sum(stand is not Standing.DRAINING for stand in stands.values())
+        for state, key, verdict in compare(judged, running, config):
+            in_service = sum(standing(one, key) in IN_SERVICE for one in judged)
+            out = sum(any(scope.ejection.until is not None for scope in scopes_of(one, key)) for one in self._set)
+            if out < max(1, int(config.max_ejected * present)) and in_service > 1:
+                self._eject(now, state, key, verdict, config)
 
     def forgive_stall(self, seconds: float) -> None:
         """This process stalled: probes under way get the time back."""
         for state in self._set:
             state.breaker.forgive(seconds)
-            for breaker in state.key_breakers.values():
-                breaker.forgive(seconds)
+            for scope in state.scopes.values():
+                scope.breaker.forgive(seconds)
 
     # --- time
 
@@ -261,23 +324,9 @@ class Cluster:
 
     def _advance_one(self, now: float, state: EndpointState) -> float:
         """The time of the next change of this endpoint."""
-        due = math.inf
-        for breaker in (state.breaker, *state.key_breakers.values()):
-            breaker.advance(now)
-            due = min(due, breaker.next_change)
-        ejection = state.ejection
-        if ejection.until is not None:
-            if now >= ejection.until:
-                ejection.until = None
-                ejection.forget_at = now + self._outlier.eject_for
-                state.recent.clear()
-                self._ramp(now, state)
-                self._outbox.add(events.Returned(now, state.url))
-            else:
-                due = min(due, ejection.until)
-        elif now >= ejection.forget_at:
-            ejection.recent -= 1
-            ejection.forget_at = now + self._outlier.eject_for if ejection.recent else math.inf
+        due = self._advance_scope(now, state, None, state)
+        for key, scope in list(state.scopes.items()):
+            due = min(due, self._advance_scope(now, state, key, scope))
         if now >= state.throttled_until > -math.inf:
             state.throttled_until = -math.inf
             self._invalidate()
@@ -286,6 +335,26 @@ class Cluster:
         if state.ramp_from is not None:
             self._set_weight(now, state)
             due = min(due, now + _RAMP_STEP)
+        return due
+
+    def _advance_scope(self, now: float, state: EndpointState, key: str | None, scope: Scope) -> float:
+        scope.breaker.advance(now)
+        due = min(scope.breaker.next_change, scope.height_until)
+        if now >= scope.height_until:
+            scope.height, scope.height_until = None, math.inf
+            self._invalidate()
+        ejection = scope.ejection
+        if ejection.until is not None:
+            if now < ejection.until:
+                return min(due, ejection.until)
+            ejection.until, ejection.returned = None, now
+            ejection.forget_at = now + self._outlier.eject_for
+            self._start_afresh(now, state, key)
+            self._invalidate()
+            self._outbox.add(events.Returned(now, state.url, key))
+        elif now >= ejection.forget_at:
+            ejection.recent -= 1
+            ejection.forget_at = now + self._outlier.eject_for if ejection.recent else math.inf
         return min(due, ejection.forget_at)
 
     # --- the inside
@@ -312,14 +381,23 @@ class Cluster:
             state.last_failed = now
             state.counts.breaker_opens += before is BreakerState.CLOSED
             self.condemned.append((state, key))
-        elif after is BreakerState.CLOSED and key is None:
-            state.recent.clear()
-            self._ramp(now, state)
+        elif after is BreakerState.CLOSED:
+            self._start_afresh(now, state, key)
         self._outbox.add(events.BreakerChanged(now, state.url, key, before.value, after.value, why))
         self._invalidate()
 
-    def _eject(self, now: float, verdict: Verdict, config: Outlier) -> None:
-        state, ejection = verdict.endpoint, verdict.endpoint.ejection
+    def _start_afresh(self, now: float, state: EndpointState, key: str | None) -> None:
+        """What comes back is judged on what it does from now on, and an endpoint gets its share little by little."""
+        if key is not None:
+            state.scopes[key].recent.clear()
+            return
+        for scope in (state, *state.scopes.values()):
+            scope.recent.clear()
+        self._ramp(now, state)
+
+    def _eject(self, now: float, state: EndpointState, key: str | None, verdict: Verdict, config: Outlier) -> None:
+        scope = state if key is None else state.scopes[key]
+        ejection = scope.ejection
         ejection.recent += 1
         seconds = min(config.eject_max, config.eject_for * ejection.recent) * (1 + config.jitter * self._rng.random())
         ejection.until = now + seconds
@@ -327,8 +405,10 @@ class Cluster:
         ejection.slow_since = ejection.stalled_since = None
         state.last_failed = now
         state.counts.ejections += 1
-        self.condemned.append((state, None))
-        self._outbox.add(events.Ejected(now, state.url, verdict.signal, seconds, verdict.why))
+        if key is not None:
+            state.recent.forget(key)  # of what the service did, it must not be accused as a whole
+        self.condemned.append((state, key))
+        self._outbox.add(events.Ejected(now, state.url, verdict.signal, seconds, verdict.why, key))
         self._invalidate()
 
     def _throttle(self, now: float, state: EndpointState, retry_after: float | None) -> None:

@@ -157,6 +157,22 @@ class Panic:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockHeight:
+    """Prefer the endpoints of a blockchain service that have seen its latest blocks.
+
+    Those more than `lag` blocks behind the highest are passed over while others will do, but for the `min_endpoints`
+    highest. A height not heard of for `max_age` seconds is unknown, and an unknown one holds nobody back.
+    """
+
+    lag: int = 3
+    min_endpoints: int = 2
+    max_age: float = 15.0
+
+    def __post_init__(self) -> None:
+        _check_all(self, lag=(0, _ANY, "whole"), min_endpoints=(1, _ANY, "whole"), max_age=(_TINY, _ANY))
+
+
+@dataclass(frozen=True, slots=True)
 class SlowStart:
     """The ramp of an endpoint that joined or came back: its weight grows from `floor` of itself to all of it.
 

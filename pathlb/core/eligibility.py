@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .breaker import BreakerState, CircuitBreaker
-from .config import Panic
+from .breaker import BreakerState
+from .config import BlockHeight, Panic
 from .endpoints import Admin, EndpointState
 from .health import Health
+from .scope import Scope
 
 
 class Standing(enum.Enum):
@@ -28,6 +29,9 @@ class Standing(enum.Enum):
     REMOVED = "removed"
 
 
+IN_SERVICE = (Standing.READY, Standing.SLOW_START, Standing.THROTTLED)
+"""Gets requests as the policy has it."""
+
 _ADMIN = {Admin.DRAINING: Standing.DRAINING, Admin.REMOVED: Standing.REMOVED}
 _HEALTH = {Health.DOWN: Standing.DOWN, Health.UNKNOWN: Standing.UNKNOWN}
 _BREAKER = {
@@ -37,23 +41,25 @@ _BREAKER = {
 }
 
 
-def breakers_of(state: EndpointState, key: str | None) -> tuple[CircuitBreaker, ...]:
-    """The breakers a request for `key` has to pass: the endpoint's, and that of the key if it has one."""
-    scoped = state.key_breakers.get(key) if key is not None else None
-    return (state.breaker,) if scoped is None else (state.breaker, scoped)
+def scopes_of(state: EndpointState, key: str | None) -> tuple[Scope, ...]:
+    """What a request for `key` has to pass: the endpoint as a whole, and the key's scope if there is one."""
+    scoped = state.scopes.get(key) if key is not None else None
+    return (state,) if scoped is None else (state, scoped)
 
 
 def standing(state: EndpointState, key: str | None = None) -> Standing:
     """How the endpoint stands for requests that need `key`."""
     if state.admin is not Admin.READY:
         return _ADMIN[state.admin]
-    if state.health.state is not Health.UP:
-        return _HEALTH[state.health.state]
-    states = {breaker.state for breaker in breakers_of(state, key)}
+    scopes = scopes_of(state, key)
+    for scope in scopes:
+        if scope.health.state is not Health.UP:
+            return _HEALTH[scope.health.state]
+    states = {scope.breaker.state for scope in scopes}
     for breaker_state, verdict in _BREAKER.items():
         if breaker_state in states:
             return verdict
-    if state.ejection.until is not None:
+    if any(scope.ejection.until is not None for scope in scopes):
         return Standing.EJECTED
     if state.throttled_until > -math.inf:
         return Standing.THROTTLED
@@ -67,7 +73,7 @@ class View:
     ready: tuple[EndpointState, ...]
     """Eligible."""
     throttled: tuple[EndpointState, ...]
-    """Eligible, but asked not to be: only when no ready one will do."""
+    """Eligible, but asked not to be, or blocks behind: only when no ready one will do."""
     half_open: tuple[EndpointState, ...]
     """Eligible for a probe alone."""
     fallback: tuple[EndpointState, ...]
@@ -76,7 +82,9 @@ class View:
     """Too few are eligible, and there is something to fail open to."""
 
 
-def survey(states: Iterable[EndpointState], panic: Panic, key: str | None = None) -> View:
+def survey(
+    states: Iterable[EndpointState], panic: Panic, key: str | None = None, heights: BlockHeight | None = None
+) -> View:
     """Sort the endpoints for requests that need `key`."""
     ready: list[EndpointState] = []
     throttled: list[EndpointState] = []
@@ -94,6 +102,10 @@ def survey(states: Iterable[EndpointState], panic: Panic, key: str | None = None
         elif stands is Standing.HALF_OPEN:
             half_open.append(state)
     eligible = len(ready) + len(throttled)
+    if heights is not None:
+        behind = _behind(ready, key, heights)
+        throttled += behind
+        ready = [state for state in ready if state not in behind]
     return View(
         tuple(ready),
         tuple(throttled),
@@ -101,6 +113,15 @@ def survey(states: Iterable[EndpointState], panic: Panic, key: str | None = None
         tuple(fallback),
         bool(fallback) and not panic.fail_closed and eligible <= panic.threshold * len(fallback),
     )
+
+
+def _behind(ready: list[EndpointState], key: str | None, heights: BlockHeight) -> list[EndpointState]:
+    """Those that lag, as far as enough others are left."""
+    known = {state: height for state in ready if (height := scopes_of(state, key)[-1].height) is not None}
+    highest = max(known.values(), default=0)
+    lagging = sorted((height, state.url) for state, height in known.items() if highest - height > heights.lag)
+    spared = {url for _, url in lagging[: max(0, len(ready) - heights.min_endpoints)]}
+    return [state for state in ready if state.url in spared]
 
 
 def least_recently_failed(states: Iterable[EndpointState]) -> list[EndpointState]:

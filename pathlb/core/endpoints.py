@@ -7,12 +7,11 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from .breaker import CircuitBreaker
 from .errors import ConfigError
 from .health import HealthState
-from .lease import Lease
-from .load import LatencyEstimate, RecentOutcomes
+from .load import LatencyEstimate
 from .model import Endpoint
+from .scope import Scope
 
 
 class Admin(enum.Enum):
@@ -43,59 +42,34 @@ class Counts:
     breaker_opens: int = 0
 
 
-@dataclass(slots=True)
-class Ejection:
-    """Whether the endpoint is out as an outlier, until when, and how often lately."""
-
-    until: float | None = None
-    recent: int = 0
-    """Decides how long the next one lasts; one is forgotten for every `eject_for` spent in."""
-    forget_at: float = math.inf
-    slow_since: float | None = None
-    """Since when its latency stands out, for the hysteresis."""
-    stalled_since: float | None = None
-    """Since when it has been silent while its peers answered."""
-
-
-class EndpointState:
+class EndpointState(Scope):
     """One endpoint in the engine. `weight` is its present weight: what was configured, on the slow-start ramp."""
 
     __slots__ = (
         "admin",
-        "breaker",
         "counts",
-        "ejection",
         "endpoint",
-        "health",
         "in_flight",
-        "key_breakers",
         "last_failed",
         "latency",
         "overload_streak",
         "ramp_from",
-        "recent",
+        "scopes",
         "throttled_until",
         "url",
-        "waiting",
         "weight",
     )
 
-    breaker: CircuitBreaker
-    """Set right after construction: its callback needs this object."""
-
     def __init__(self, endpoint: Endpoint, health: HealthState) -> None:
+        super().__init__(health)
         self.endpoint = endpoint
         self.url = endpoint.url
         self.weight = endpoint.weight
         self.in_flight = 0
-        self.waiting: dict[Lease, None] = {}
-        """Leases without a reply head, oldest first."""
-        self.key_breakers: dict[str, CircuitBreaker] = {}
-        self.health = health
-        self.ejection = Ejection()
+        self.scopes: dict[str, Scope] = {}
+        """What is known of single services (keys) on it."""
         self.admin = Admin.READY
         self.latency = LatencyEstimate()
-        self.recent = RecentOutcomes()
         self.throttled_until = -math.inf
         self.overload_streak = 0
         """Overload answers in a row."""

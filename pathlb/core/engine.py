@@ -20,7 +20,7 @@ from .eligibility import View, standing
 from .endpoints import Admin, EndpointState, SetChange
 from .errors import IllegalEvent
 from .lease import Lease, LeaseState, Want
-from .model import SIGNALS, Endpoint, Outcome, Rng
+from .model import SIGNALS, Cause, Endpoint, Outcome, Rng
 from .picker import Choice, NoneEligible, Picker
 from .policy import Policy
 from .retry import Again, Decision, Situation, Strategy, allowed_attempts, decide
@@ -86,14 +86,19 @@ class Engine:
         self._cluster.undrain(now, url)
         self._settle(now)
 
-    def record_probe(self, now: float, url: str, passed: bool, why: str) -> None:
-        """Take in the result of an active health probe."""
-        self._cluster.record_probe(now, url, passed, why)
+    def record_probe(self, now: float, url: str, passed: bool, why: str, key: str | None = None) -> None:
+        """Take in the result of an active health probe, of one service if it has a `key`."""
+        self._cluster.record_probe(now, url, passed, why, key)
         self._settle(now)
 
-    def health_changing(self, url: str) -> bool:
+    def record_height(self, now: float, url: str, key: str | None, height: int) -> None:
+        """An endpoint has told the block height of a service."""
+        self._cluster.record_height(now, url, key, height)
+        self._settle(now)
+
+    def health_changing(self, url: str, key: str | None = None) -> bool:
         """Whether the last health probe contradicts the verdict, so that the next should come sooner."""
-        return self._cluster.health_changing(url)
+        return self._cluster.health_changing(url, key)
 
     # --- the road of a request
 
@@ -139,11 +144,13 @@ class Engine:
         lease.give_up = None
         state = lease.endpoint
         del state.waiting[lease]
+        if lease.scope is not None:
+            del lease.scope.waiting[lease]
         running = now - self._stall.read(now)
         if SIGNALS[outcome.cause].latency:
             # A stall is known of only when the heartbeat is late enough, and then from the moment it was due: for a
             # request picked in between, some of that time came before it.
-            self._cluster.succeeded(running, state, max(0.0, running - lease.began))
+            self._cluster.succeeded(running, lease, max(0.0, running - lease.began))
         else:
             self._cluster.failed(now, running, lease, outcome)
         self._cluster.inform_breakers(now, lease, outcome)
@@ -155,10 +162,9 @@ class Engine:
         """The body of a reply broke off after its head was observed: the endpoint's failure all the same."""
         if lease.state is not _OBSERVED:
             raise IllegalEvent(f"lease: body failed while {lease.state.value}")
-        state = lease.endpoint
-        self._cluster.body_failed(now, now - self._stall.read(now), state, outcome)
+        self._cluster.body_failed(now, now - self._stall.read(now), lease, outcome)
         self._cluster.inform_breakers(now, lease, outcome)
-        self._outbox.add(events.BodyFailed(now, state.url, outcome))
+        self._outbox.add(events.BodyFailed(now, lease.endpoint.url, outcome))
         self._settle(now)
 
     def release(self, now: float, lease: Lease) -> bool:
@@ -197,9 +203,11 @@ class Engine:
         situation = Situation(
             attempts=attempts,
             unsent=unsent,
-            resendable=want.resendable,
+            resendable=lambda: want.resendable,
             replayable=replayable,
             paid=lease.given_up,
+            hopeless=lease.panic and outcome.cause is Cause.SERVICE,
+            once_spent=want.once_spent,
             eligible=bool(pool),
             untried=any(state not in want.tried for state in pool),
             endpoints=len(self._cluster),
@@ -209,11 +217,18 @@ class Engine:
         withdraw = partial(self._budget.withdraw, now)
         decision = decide(outcome, situation, self._settings.retry, withdraw, self._rng, strategy)
         if isinstance(decision, Again):
+            want.once_spent |= outcome.once
             self._outbox.add(events.Retried(now, lease.endpoint.url, outcome, decision.wait))
         elif decision.why:
             self._outbox.add(events.RetryRefused(now, lease.endpoint.url, outcome, decision.why))
         self._outbox.flush()
         return decision
+
+    def finish(self, now: float, attempts: int, relays: int) -> None:
+        """A caller's request has come to its reply head or its error."""
+        if self._outbox.listeners:
+            self._outbox.add(events.Finished(now, attempts, relays))
+            self._outbox.flush()
 
     # --- time
 
@@ -302,8 +317,10 @@ class Engine:
         lease = Lease(state, want, now, now - self._stall.read(now), reason, candidates)
         if self._outbox.listeners:
             self._outbox.add(events.Picked(now, state.url, reason, state.in_flight, candidates))
-        if want.key is not None and (breaker := state.key_breakers.get(want.key)) is not None:
-            lease.key_epoch = breaker.epoch
+        if want.key is not None:
+            scope = lease.scope = self._cluster.scope(now, state, want.key)
+            lease.key_epoch = scope.breaker.epoch
+            scope.waiting[lease] = None
         state.in_flight += 1
         state.counts.picks += 1
         state.waiting[lease] = None
@@ -381,9 +398,9 @@ class Engine:
         abandoned = 0
         for lease in list(state.waiting):
             want = lease.want
-            if lease.give_up is None or not want.resendable or (key is not None and lease.key != key):
+            if lease.give_up is None or (key is not None and lease.key != key):
                 continue
-            if now + self._cluster.fastest >= want.deadline:
+            if now + self._cluster.fastest >= want.deadline or not want.resendable:
                 continue
             view = self._cluster.view(want.key)
             pool, panic = self._picker.eligible(view, want)

@@ -53,6 +53,16 @@ class Released:
 
 
 @dataclass(frozen=True, slots=True)
+class Finished:
+    """A caller's request has its reply head or its error."""
+
+    at: float
+    attempts: int
+    relays: int
+    """Requests the endpoints made behind themselves for it, over all attempts, as far as they say so."""
+
+
+@dataclass(frozen=True, slots=True)
 class Retried:
     """Another attempt was decided on, after `wait` seconds (0: at once)."""
 
@@ -95,14 +105,17 @@ class Ejected:
     """`failures`, `latency` or `stall`."""
     seconds: float
     why: str
+    key: str | None = None
+    """The only service it is set aside for; None for all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """An ejected endpoint may be picked again, on the slow-start ramp."""
+    """An ejected endpoint may be picked again, on the slow-start ramp if it was out for all services."""
 
     at: float
     endpoint: str
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +136,8 @@ class HealthChanged:
     before: str
     after: str
     why: str
+    key: str | None = None
+    """The only service the verdict is about; None for the whole endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +192,7 @@ Event: TypeAlias = (
     | Observed
     | BodyFailed
     | Released
+    | Finished
     | Retried
     | RetryRefused
     | BreakerChanged

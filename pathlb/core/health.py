@@ -32,6 +32,11 @@ class HealthState:
         """Whether the last result contradicted the verdict, so that the next probe should come sooner."""
         return self._streak > 0 or self.state is Health.UNKNOWN
 
+    @property
+    def plain(self) -> bool:
+        """Whether it says no more than that nothing is wrong."""
+        return self.state is Health.UP and not self._streak
+
     def record(self, passed: bool, why: str) -> bool:
         """Take in one probe result; true when the verdict changed."""
         agrees = self.state is (Health.UP if passed else Health.DOWN)

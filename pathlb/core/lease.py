@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .breaker import CircuitBreaker
     from .endpoints import EndpointState
+    from .scope import Scope
 
 
 class LeaseState(enum.Enum):
@@ -31,19 +32,18 @@ _PICKED = LeaseState.PICKED
 class Want:
     """What one request asks of a pick. One object serves all its attempts."""
 
-    __slots__ = ("avoid", "deadline", "key", "pin", "plain", "resendable", "tried")
+    __slots__ = ("_resendable", "avoid", "deadline", "key", "once_spent", "pin", "plain", "relays", "tried")
 
     def __init__(
         self,
         *,
-        resendable: bool = False,
+        resendable: bool | Callable[[], bool] = False,
         pin: str | None = None,
         avoid: frozenset[str] = frozenset(),
         key: str | None = None,
         deadline: float = math.inf,
     ) -> None:
-        self.resendable = resendable
-        """May be sent twice: it can serve as a probe, and be given up when it hangs."""
+        self._resendable = resendable
         self.pin = pin
         self.avoid = avoid
         self.key = key
@@ -51,8 +51,21 @@ class Want:
         """Clock reading by which a reply head must be there."""
         self.tried: list[EndpointState] = []
         """Endpoints of earlier attempts."""
+        self.relays = 0
+        """Requests the endpoints made behind themselves for it, as far as they say so."""
+        self.once_spent = False
+        """An outcome that is worth one more attempt only (`Outcome.once`) has had it."""
         self.plain = pin is None and not avoid
         """Nothing restricts the choice; becomes false with the first failed attempt."""
+
+    @property
+    def resendable(self) -> bool:
+        """May be sent twice: it can serve as a probe, and be given up when it hangs. Where the answer is in the body,
+        it is asked for when the question comes up, once.
+        """
+        if not isinstance(self._resendable, bool):
+            self._resendable = self._resendable()
+        return self._resendable
 
     def failed_on(self, endpoint: EndpointState) -> None:
         """An attempt there failed: go elsewhere next."""
@@ -76,6 +89,7 @@ class Lease:
         "panic",
         "probing",
         "reason",
+        "scope",
         "started",
         "state",
         "want",
@@ -103,6 +117,8 @@ class Lease:
         self.state = _PICKED
         self.epoch = endpoint.breaker.epoch
         self.key = want.key
+        self.scope: Scope | None = None
+        """Of the key on the endpoint, if there is a key."""
         self.key_epoch = 0
         self.panic = False
         self.probing: CircuitBreaker | None = None
@@ -111,3 +127,13 @@ class Lease:
         """Set by the shell while the attempt may be abandoned; called by the engine, at most once."""
         self.given_up = False
         """Called, and the retry it leads to is already paid for."""
+
+    @property
+    def set_aside(self) -> bool:
+        """Whether what becomes of it says nothing more of its endpoint: its service is out there as an outlier, or one
+        of the two has been since the pick.
+        """
+        scope, started = self.scope, self.started
+        if started < self.endpoint.ejection.returned:
+            return True
+        return scope is not None and (scope.ejection.until is not None or started < scope.ejection.returned)

@@ -37,10 +37,11 @@ class Sample(NamedTuple):
     failed: bool
     seconds: float | None
     """Time to the reply head; None when it says nothing about the endpoint."""
+    key: str | None = None
 
 
 class RecentOutcomes:
-    """The last outcomes of an endpoint, at most `size` of them."""
+    """The last outcomes of a scope, at most `size` of them."""
 
     __slots__ = ("_samples", "last_answered", "last_head")
 
@@ -51,6 +52,11 @@ class RecentOutcomes:
         self.last_answered = -math.inf
         """When the latest of the attempts with a reply head began, in running time."""
 
+    @property
+    def last_added(self) -> float:
+        """When the latest sample came."""
+        return self._samples[-1].at if self._samples else -math.inf
+
     def add(self, sample: Sample) -> None:
         self._samples.append(sample)
 
@@ -60,9 +66,21 @@ class RecentOutcomes:
         if began > self.last_answered:
             self.last_answered = began
 
+    @property
+    def complete_since(self) -> float:
+        """From when on none is missing."""
+        full = len(self._samples) == self._samples.maxlen
+        return self._samples[0].at if full else -math.inf
+
     def clear(self) -> None:
         """Forget them, so that an endpoint coming back is judged on what it does from now on."""
         self._samples.clear()
+
+    def forget(self, key: str) -> None:
+        """Forget what one service did."""
+        kept = [sample for sample in self._samples if sample.key != key]
+        self._samples.clear()
+        self._samples.extend(kept)
 
     def since(self, start: float) -> list[Sample]:
         """The samples from `start` on, oldest first."""

@@ -218,6 +218,12 @@ class Outcome:
     sent: Sent = Sent.MAYBE_SENT
     retry: bool = False
     """Whether another endpoint may do better."""
+    once: bool = False
+    """Of such outcomes, one a request is enough: what failed retries by itself, and each attempt multiplies that."""
+    refused: bool = False
+    """The endpoint says it did nothing with the request: safe to send elsewhere, whatever it is."""
+    trip: bool = False
+    """One such failure is proof: the breaker opens at once."""
     retry_after: float | None = None
     """Seconds the reply asked to wait, if it did."""
     status: int | None = None
@@ -226,3 +232,5 @@ class Outcome:
     """The part of the endpoint the outcome speaks about (a service id); None for all of it."""
     detail: str = ""
     """One line for people: the error, or what in the reply decided."""
+    relays: int | None = None
+    """Requests the endpoint made behind itself for this one, its own retries included, where it says so."""

@@ -7,53 +7,62 @@ sqrt((n - k) / k).
 Asking ten times a second is asking 36,000 times an hour, so luck has to be ruled out each time: `failure_sigma` and
 `latency_sigma` say how surely.
 
+Like is compared with like. Failures are counted over the same span of time for all, as the outcomes that are kept go
+back less far where there is more traffic. Where the traffic is of several services, latencies are measured by what is
+usual for the service, and failures by those of the same services at the peers.
+
 All times here are running time: the clock less the pauses of this process, which are nobody's latency.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
 from .config import Outlier
-from .endpoints import EndpointState
 from .lease import Lease
+from .load import Sample
+from .scope import Ejection, Scope
 
 
 class Verdict(NamedTuple):
-    """An endpoint stands out. `signal` is `failures`, `latency` or `stall`; `why` gives the figures."""
+    """A scope stands out. `signal` is `failures`, `latency` or `stall`; `why` gives the figures."""
 
-    endpoint: EndpointState
+    scope: Scope
     signal: str
     why: str
 
 
-@dataclass(slots=True)
-class Evidence:
-    """What one endpoint did lately."""
+class Norm(NamedTuple):
+    """What the replies for a service take, in seconds: half of them, and nearly all. Infinity is for not known."""
 
-    endpoint: EndpointState
-    total: int
-    failed: int
-    replies: list[tuple[float, float]]
-    """(when, logarithm of the seconds to the reply head), oldest first."""
-    waiting: list[Lease]
-    """Attempts without a reply head, oldest first."""
-    silence: float
-    """Seconds without any reply head while at least one attempt waited."""
-    overtaken: float = -math.inf
-    """Peers have answered attempts that began up to here. What is younger may be waiting for what all wait for."""
+    usual: float
+    bulk: float
 
-    def waits(self, now: float) -> list[float]:
-        """Seconds that its overtaken attempts have waited so far, longest first."""
-        return [now - lease.began for lease in self.waiting if lease.began < self.overtaken]
+    @property
+    def known(self) -> bool:
+        return self.usual < math.inf
 
-    def first_waits(self, now: float) -> list[float]:
-        """Those of requests that failed nowhere before: what hangs a second time may be due to the request."""
-        return [now - lease.began for lease in self.waiting if lease.began < self.overtaken and not lease.want.tried]
+
+class Latency(NamedTuple):
+    """One latency as a logarithm: of seconds, or of multiples of what is usual, which `norm` is the logarithm of."""
+
+    at: float
+    key: str | None
+    value: float
+    norm: float
+
+
+class Wait(NamedTuple):
+    """An attempt that has waited for `seconds`, and is overdue after so many."""
+
+    key: str | None
+    seconds: float
+    overdue_after: float
+    bulk: float
 
 
 class Summary(NamedTuple):
@@ -63,6 +72,49 @@ class Summary(NamedTuple):
     mean: float
     deviation: float
     """Sum of the squared distances from the mean."""
+    norm: float
+    """Mean of what is usual for the services in question, if they are told apart."""
+
+
+class Tally(NamedTuple):
+    """Outcomes and failures by service, over one span."""
+
+    total: dict[str | None, int]
+    failed: dict[str | None, int]
+
+
+class Figures(NamedTuple):
+    """Failures and outcomes of one scope, and of its peers."""
+
+    failed: int
+    total: int
+    peers_failed: int
+    peers_total: int
+
+    def enough(self, config: Outlier) -> bool:
+        """Whether they can be compared."""
+        return self.total >= config.min_requests and self.peers_total >= config.min_requests
+
+    @property
+    def excess(self) -> float:
+        """By how much its failure rate is higher."""
+        return self.failed / self.total - self.peers_failed / self.peers_total
+
+
+@dataclass(slots=True)
+class Evidence:
+    """What one scope did lately."""
+
+    scope: Scope
+    ejection: Ejection
+    """Where a suspicion is kept until it is confirmed."""
+    samples: list[Sample]
+    waiting: list[Lease]
+    """Attempts without a reply head, oldest first."""
+    silence: float
+    """Seconds without any reply head while at least one attempt waited."""
+    overtaken: float = -math.inf
+    """Peers have answered attempts that began up to here. What is younger may be waiting for what all wait for."""
 
 
 _SPANS = (0.5, 1.0, 2.0, 4.0)  # seconds over which latencies are compared; the shortest sees a change first
@@ -73,87 +125,41 @@ _USUAL_SAMPLES = 10  # replies it takes to speak of a usual latency
 _BULK = 0.95  # share of the replies that tells how long one may well take
 _LEAST_SECONDS = 1e-4  # added to each, so that what takes no time at all has a logarithm
 _LEAST_SPREAD = 0.25  # of log latency, a quarter up or down: nobody is as regular as a few samples may look
+_UNKNOWN = Norm(math.inf, math.inf)
 
 
-def gather(state: EndpointState, now: float, config: Outlier) -> Evidence:
-    """Collect the evidence of one endpoint."""
-    samples = state.recent.since(now - config.window)
-    waiting = list(islice(state.waiting, _WAITS_READ))
-    return Evidence(
-        state,
-        total=len(samples),
-        failed=sum(sample.failed for sample in samples),
-        replies=[(at, math.log(seconds + _LEAST_SECONDS)) for at, _, seconds in samples if seconds is not None],
-        waiting=waiting,
-        silence=min(now - waiting[0].began, now - state.recent.last_head) if waiting else 0.0,
-    )
+def gather(scope: Scope, now: float, config: Outlier, without: Collection[str | None] = ()) -> Evidence:
+    """Collect the evidence of one scope. `without` some services is a question of what if, and leaves no suspicion."""
+    samples = scope.recent.since(now - config.window)
+    counting = (lease for lease in scope.waiting if not lease.set_aside)
+    if without:
+        samples = [sample for sample in samples if sample.key not in without]
+        counting = (lease for lease in counting if lease.key not in without)
+    waiting = list(islice(counting, _WAITS_READ))
+    silence = min(now - waiting[0].began, now - scope.recent.last_head) if waiting else 0.0
+    return Evidence(scope, Ejection() if without else scope.ejection, samples, waiting, silence)
 
 
-def judge(states: Iterable[EndpointState], now: float, config: Outlier) -> list[Verdict]:
-    """The endpoints that stand out now, the surest signal first. `states` are those not already out.
+def norm_of(samples: Iterable[Sample]) -> Norm:
+    """What is usual by these samples, if they are enough to tell."""
+    known = sorted(sample.seconds for sample in samples if sample.seconds is not None)
+    if len(known) < _USUAL_SAMPLES:
+        return _UNKNOWN
+    usual, bulk = (known[int(share * len(known))] + _LEAST_SECONDS for share in (0.5, _BULK))
+    return Norm(usual, bulk)
+
+
+def judge(scopes: Iterable[Scope], now: float, config: Outlier) -> list[Verdict]:
+    """Those that stand out now, the surest signal first. `scopes` are endpoints, or one service on each, that are in.
 
     The cost is linear in their number.
     """
-    evidence = [gather(state, now, config) for state in states]
-    if len(evidence) < 2:
-        return []
-    latest = sorted(one.endpoint.recent.last_answered for one in evidence)
-    for one in evidence:
-        one.overtaken = latest[-1] if one.endpoint.recent.last_answered < latest[-1] else latest[-2]
-    known = [log_seconds for one in evidence for _, log_seconds in one.replies]
-    usual = bulk = math.inf
-    if len(known) >= _USUAL_SAMPLES:
-        known.sort()
-        usual, bulk = (math.exp(known[int(share * len(known))]) for share in (0.5, _BULK))
-    stalls = _stalls(evidence, bulk, now, config)
-    lags = _lags(evidence, usual, now, config)
-    total, failed = sum(one.total for one in evidence), sum(one.failed for one in evidence)
-    verdicts: list[Verdict] = []
-    for one, stall, lag in zip(evidence, stalls, lags, strict=True):
-        fails = _fails(one, failed - one.failed, total - one.total, config)
-        for signal, why in zip(_SIGNALS, (stall, fails, lag), strict=True):
-            if why:
-                verdicts.append(Verdict(one.endpoint, signal, why))
-                break
-    # Not all of them may go: one that does not answer at all before one that is slow.
-    return sorted(verdicts, key=lambda verdict: _SIGNALS.index(verdict.signal))
+    return Comparison([gather(scope, now, config) for scope in scopes], now, config).verdicts()
 
 
-def _stalls(evidence: list[Evidence], bulk: float, now: float, config: Outlier) -> list[str]:
-    """Nothing has come back for far longer than nearly all replies take, though peers answered what began later, and
-    have for `confirm` seconds: after a pause of everybody somebody is the first to answer.
-    """
-    overdue_after = max(config.overdue_floor, config.overdue_factor * bulk)
-    found: list[str] = []
-    for one in evidence:
-        ejection, waits = one.endpoint.ejection, one.first_waits(now)
-
-        def stalled(ahead: float, one: Evidence = one, waits: list[float] = waits) -> int:
-            """How many attempts are overdue `ahead` seconds from now, if the silence is long enough then; else 0."""
-            overdue = sum(wait + ahead > overdue_after for wait in waits)
-            # Each one missing to `stalled_attempts` doubles the patience.
-            patience = overdue_after * 2.0 ** min(2, max(0, config.stalled_attempts - overdue))
-            return overdue if one.silence + ahead > patience else 0
-
-        if not stalled(config.confirm):
-            ejection.stalled_since = None
-        elif ejection.stalled_since is None:
-            ejection.stalled_since = now
-        overdue = stalled(0.0) if _lasted(ejection.stalled_since, now, config) else 0
-        why = f"nothing for {one.silence:.2f} s with {overdue} attempts overdue, most take {bulk * 1000:.0f} ms"
-        found.append(why if overdue else "")
-    return found
-
-
-def _fails(one: Evidence, failed: int, total: int, config: Outlier) -> str:
-    """Its failure rate exceeds that of its peers, `failed` of `total`, by more than luck explains."""
-    if one.total < config.min_requests or total < config.min_requests:
-        return ""
-    if one.failed / one.total - failed / total < config.failure_margin:
-        return ""
-    if luck(one.failed, one.total, failed, total) > math.erfc(config.failure_sigma / math.sqrt(2)) / 2:
-        return ""
-    return f"{one.failed} of {one.total} failed, of the peers' {failed} of {total}"
+def surest_first(verdict: Verdict) -> int:
+    """The order in which verdicts are carried out, as a sort key."""
+    return _SIGNALS.index(verdict.signal)
 
 
 def luck(own_failed: int, own_total: int, failed: int, total: int) -> float:
@@ -168,65 +174,242 @@ def luck(own_failed: int, own_total: int, failed: int, total: int) -> float:
     return ways / math.comb(everything, own_total)
 
 
-def _lags(evidence: list[Evidence], usual: float, now: float, config: Outlier) -> list[str]:
-    """Its latency is several times that of the median peer, more than luck explains, and has been for a while.
-
-    Attempts that have waited longer than usual, and were overtaken, count with that time: it can only grow.
+class Comparison:
+    """Some scopes against each other. With `norms`, what is usual by service, their traffic is told apart; `rest` is
+    what is usual for all other traffic. `chances` is how many comparisons are made at a time: luck has as many.
     """
-    found = [""] * len(evidence)
-    ratios = [0.0] * len(evidence)
-    spans = zip(*(_summarise(one, now, usual) for one in evidence), strict=True)
-    for summaries in spans:
-        ranked = sorted((one.mean, index) for index, one in enumerate(summaries) if one.size >= _ENOUGH)
-        freedom = sum(summaries[index].size - 1 for _, index in ranked)
-        if len(ranked) < 2:
-            continue
-        common = sum(summaries[index].deviation for _, index in ranked) / freedom
-        middle = (len(ranked) - 2) // 2  # the lower median of the others, for all who are slower than it
-        peer = summaries[ranked[middle][1]]
-        for mean, index in ranked[middle + 1 :]:
-            own = summaries[index]
-            spread = math.sqrt(max(common, own.deviation / (own.size - 1), _LEAST_SPREAD**2))
-            error = spread * math.sqrt(1 / own.size + 1 / peer.size)
-            typical, peers = math.exp(mean), math.exp(peer.mean)
-            if typical <= peers + config.latency_floor:
+
+    def __init__(
+        self,
+        evidence: list[Evidence],
+        now: float,
+        config: Outlier,
+        norms: Mapping[str | None, Norm] | None = None,
+        chances: int = 1,
+    ) -> None:
+        self._evidence = evidence
+        self._now = now
+        self._config = config
+        self._apart = norms is not None
+        self._norms: Mapping[str | None, Norm] = norms or {}
+        self._doubt = 2 * math.log(chances)
+        """On top of the square of a sigma: what luck exceeds is then about as much less likely as it has chances."""
+        every = (sample for one in evidence for sample in one.samples)
+        self.rest = norm_of(sample for sample in every if sample.key not in self._norms) if norms else norm_of(every)
+        latest = sorted(one.scope.recent.last_answered for one in evidence)[-2:]
+        for one in evidence:
+            one.overtaken = latest[-1] if one.scope.recent.last_answered < latest[-1] else latest[0]
+
+    def verdicts(self, *, at_once: bool = False) -> list[Verdict]:
+        """Who stands out, and has for `confirm` seconds, unless asked `at_once`."""
+        if len(self._evidence) < 2:
+            return []
+        confirm = 0.0 if at_once else self._config.confirm
+        found = zip(self._stalls(confirm), self._fails(), self._lags(confirm), strict=True)
+        verdicts: list[Verdict] = []
+        for one, reasons in zip(self._evidence, found, strict=True):
+            for signal, why in zip(_SIGNALS, reasons, strict=True):
+                if why:
+                    verdicts.append(Verdict(one.scope, signal, why))
+                    break
+        # Not all of them may go: one that does not answer at all before one that is slow.
+        return sorted(verdicts, key=surest_first)
+
+    def behind(self, verdict: Verdict) -> set[str | None]:
+        """The services a verdict is due to: all that stall; of failures or of delay, the one that has most."""
+        one = next(one for one in self._evidence if one.scope is verdict.scope)
+        if verdict.signal == "stall":
+            return {wait.key for wait in self._first_waits(one) if wait.seconds > wait.overdue_after}
+        weights: dict[str | None, float] = {}
+        if verdict.signal == "failures":
+            weighed = [(sample.key, 1.0) for sample in one.samples if sample.failed]
+        else:
+            weighed = [(latency.key, latency.value) for latency in self._long_waits(one) + self._latencies(one)]
+        for key, weight in weighed:
+            weights[key] = weights.get(key, 0.0) + weight
+        return {max(weights, key=weights.__getitem__)}
+
+    def _norm(self, key: str | None) -> Norm:
+        return self._norms.get(key, self.rest)
+
+    # --- stalls
+
+    def _stalls(self, confirm: float) -> list[str]:
+        """Nothing has come back for far longer than nearly all replies take, though peers answered what began later,
+        and have for `confirm` seconds: after a pause of everybody somebody is the first to answer.
+        """
+        found: list[str] = []
+        for one in self._evidence:
+            ejection, waits = one.ejection, self._first_waits(one)
+            if not self._stalled(one, waits, self._config.confirm):
+                ejection.stalled_since = None
+            elif ejection.stalled_since is None:
+                ejection.stalled_since = self._now
+            found.append(self._stalled(one, waits, 0.0) if self._lasted(ejection.stalled_since, confirm) else "")
+        return found
+
+    def _first_waits(self, one: Evidence) -> list[Wait]:
+        """Attempts that were overtaken, of requests that failed nowhere before: what hangs a second time may be due to
+        the request.
+        """
+        config, waits = self._config, []
+        for lease in one.waiting:
+            if lease.began < one.overtaken and not lease.want.tried:
+                bulk = self._norm(lease.key).bulk
+                overdue_after = max(config.overdue_floor, config.overdue_factor * bulk)
+                waits.append(Wait(lease.key, self._now - lease.began, overdue_after, bulk))
+        return waits
+
+    def _stalled(self, one: Evidence, waits: list[Wait], ahead: float) -> str:
+        """Which are overdue `ahead` seconds from now, if the silence is long enough then; else nothing."""
+        why = ""
+        overdue = sorted((wait.overdue_after, wait.bulk) for wait in waits if wait.seconds + ahead > wait.overdue_after)
+        for count, (after, bulk) in enumerate(overdue, 1):
+            # Each one missing to `stalled_attempts` doubles the patience.
+            patience = after * 2.0 ** min(2, max(0, self._config.stalled_attempts - count))
+            if one.silence + ahead > patience:
+                why = f"nothing for {one.silence:.2f} s with {count} attempts overdue, most take {bulk * 1000:.0f} ms"
+        return why
+
+    # --- failures
+
+    def _fails(self) -> list[str]:
+        """Its failure rate exceeds that of its peers by more than luck explains."""
+        if not any(sample.failed for one in self._evidence for sample in one.samples):
+            return [""] * len(self._evidence)
+        tallies, alike = self._tallies(-math.inf), self._tallies(self._common_start())
+        return [self._failing(_standardised(tallies, at), _standardised(alike, at)) for at in range(len(tallies))]
+
+    def _common_start(self) -> float:
+        """From when on the outcomes of all are kept: what began or ended before would be told of some only."""
+        return max(one.scope.recent.complete_since for one in self._evidence)
+
+    def _tallies(self, start: float) -> list[Tally]:
+        tallies: list[Tally] = []
+        for one in self._evidence:
+            total: dict[str | None, int] = {}
+            failed: dict[str | None, int] = {}
+            for at, bad, _, key in one.samples:
+                if at >= start:
+                    service = key if self._apart else None
+                    total[service] = total.get(service, 0) + 1
+                    failed[service] = failed.get(service, 0) + bad
+            tallies.append(Tally(total, failed))
+        return tallies
+
+    def _failing(self, window: Figures, alike: Figures) -> str:
+        """By all that is known of the window, unless the span of time that all are known of contradicts."""
+        config = self._config
+        if not window.enough(config) or window.excess < config.failure_margin:
+            return ""
+        if alike.enough(config) and alike.excess < config.failure_margin:
+            return ""
+        sigma = math.sqrt(config.failure_sigma**2 + self._doubt)
+        if luck(*window) > math.erfc(sigma / math.sqrt(2)) / 2:
+            return ""
+        return f"{window.failed} of {window.total} failed, of the peers' {window.peers_failed} of {window.peers_total}"
+
+    # --- latency
+
+    def _lags(self, confirm: float) -> list[str]:
+        """Its latency is several times that of the median peer, more than luck explains, and has been for a while.
+
+        Attempts that have waited longer than usual, and were overtaken, count with that time: it can only grow.
+        """
+        evidence, config = self._evidence, self._config
+        found = [""] * len(evidence)
+        ratios = [0.0] * len(evidence)
+        sigma = math.sqrt(config.latency_sigma**2 + self._doubt)
+        for summaries in zip(*(self._summarise(one) for one in evidence), strict=True):
+            ranked = sorted((one.mean, index) for index, one in enumerate(summaries) if one.size >= _ENOUGH)
+            freedom = sum(summaries[index].size - 1 for _, index in ranked)
+            if len(ranked) < 2:
                 continue
-            ratios[index] = max(ratios[index], typical / peers)
-            if mean - peer.mean - config.latency_sigma * error > math.log(config.latency_factor):
-                found[index] = f"typically {typical * 1000:.0f} ms, the peers {peers * 1000:.0f} ms"
-    return [
-        why if _confirmed(one.endpoint, ratio, now, config) else ""
-        for one, ratio, why in zip(evidence, ratios, found, strict=True)
-    ]
+            common = sum(summaries[index].deviation for _, index in ranked) / freedom
+            middle = (len(ranked) - 2) // 2  # the lower median of the others, for all who are slower than it
+            peer = summaries[ranked[middle][1]]
+            for mean, index in ranked[middle + 1 :]:
+                own = summaries[index]
+                spread = math.sqrt(max(common, own.deviation / (own.size - 1), _LEAST_SPREAD**2))
+                error = spread * math.sqrt(1 / own.size + 1 / peer.size)
+                typical, peers = math.exp(mean + own.norm), math.exp(peer.mean + own.norm)
+                if typical <= peers + config.latency_floor:
+                    continue
+                ratios[index] = max(ratios[index], typical / peers)
+                if mean - peer.mean - sigma * error > math.log(config.latency_factor):
+                    found[index] = f"typically {typical * 1000:.0f} ms, the peers {peers * 1000:.0f} ms"
+        return [
+            why if self._confirmed(one.ejection, ratio, confirm) else ""
+            for one, ratio, why in zip(evidence, ratios, found, strict=True)
+        ]
+
+    def _summarise(self, one: Evidence) -> list[Summary]:
+        """One summary for each of the spans."""
+        waits, replies = self._long_waits(one), self._latencies(one)
+        size, index = len(waits), len(replies)
+        total = sum(wait.value for wait in waits)
+        squares = sum(wait.value**2 for wait in waits)
+        norms = sum(wait.norm for wait in waits)
+        summaries: list[Summary] = []
+        for span in _SPANS:
+            while index and replies[index - 1].at >= self._now - span:
+                index -= 1
+                _, _, value, norm = replies[index]
+                size += 1
+                total += value
+                squares += value * value
+                norms += norm
+            mean = total / max(1, size)
+            summaries.append(Summary(size, mean, max(0.0, squares - mean * total), norms / max(1, size)))
+        return summaries
+
+    def _latencies(self, one: Evidence) -> list[Latency]:
+        """Of the replies, oldest first."""
+        return [
+            Latency(at, key, math.log(seconds + _LEAST_SECONDS) - norm, norm)
+            for at, _, seconds, key in one.samples
+            if seconds is not None and (norm := self._measure(key)) < math.inf
+        ]
+
+    def _long_waits(self, one: Evidence) -> list[Latency]:
+        """Of the attempts that have waited longer than usual, and were overtaken."""
+        return [
+            Latency(self._now, lease.key, math.log(wait) - norm, norm)
+            for lease in one.waiting
+            if lease.began < one.overtaken
+            and (wait := self._now - lease.began) > self._norm(lease.key).usual
+            and (norm := self._measure(lease.key)) < math.inf
+        ]
+
+    def _measure(self, key: str | None) -> float:
+        """The logarithm of what latencies of a service are multiples of; infinity when that is not known."""
+        return math.log(self._norm(key).usual) if self._apart else 0.0
+
+    def _confirmed(self, ejection: Ejection, ratio: float, confirm: float) -> bool:
+        """Whether it has looked slow for so long. Once it does, only a ratio below `latency_clear` ends that."""
+        config = self._config
+        if ratio < config.latency_clear:
+            ejection.slow_since = None
+        elif ejection.slow_since is None and ratio > config.latency_factor:
+            ejection.slow_since = self._now
+        return self._lasted(ejection.slow_since, confirm)
+
+    def _lasted(self, since: float | None, confirm: float) -> bool:
+        return since is not None and self._now - since >= confirm - 1e-9  # ticks add up with rounding errors
 
 
-def _summarise(one: Evidence, now: float, usual: float) -> list[Summary]:
-    """One summary for each of the spans."""
-    waits = [math.log(wait) for wait in one.waits(now) if wait > usual]
-    size, total, squares = len(waits), sum(waits), sum(value * value for value in waits)
-    replies, index = one.replies, len(one.replies)
-    summaries: list[Summary] = []
-    for span in _SPANS:
-        while index and replies[index - 1][0] >= now - span:
-            index -= 1
-            value = replies[index][1]
-            size += 1
-            total += value
-            squares += value * value
-        mean = total / max(1, size)
-        summaries.append(Summary(size, mean, max(0.0, squares - mean * total)))
-    return summaries
-
-
-def _confirmed(state: EndpointState, ratio: float, now: float, config: Outlier) -> bool:
-    """Whether it has looked slow for `confirm` seconds. Once it does, only a ratio below `latency_clear` ends that."""
-    ejection = state.ejection
-    if ratio < config.latency_clear:
-        ejection.slow_since = None
-    elif ejection.slow_since is None and ratio > config.latency_factor:
-        ejection.slow_since = now
-    return _lasted(ejection.slow_since, now, config)
-
-
-def _lasted(since: float | None, now: float, config: Outlier) -> bool:
-    return since is not None and now - since >= config.confirm - 1e-9  # ticks add up with rounding errors
+def _standardised(tallies: list[Tally], index: int) -> Figures:
+    """Those of one and of its peers, had their traffic the same mix of services as its own. How many outcomes of the
+    peers that stands for is Kish's effective size of a weighted sample.
+    """
+    own = tallies[index]
+    own_failed, own_total, expected, squares = 0, 0, 0.0, 0.0
+    for key, total in own.total.items():
+        peers = sum(tally.total.get(key, 0) for tally in tallies) - total
+        if peers:
+            own_failed += own.failed[key]
+            own_total += total
+            expected += total * (sum(tally.failed.get(key, 0) for tally in tallies) - own.failed[key]) / peers
+            squares += total * total / peers
+    size = round(own_total**2 / squares) if squares else 0
+    return Figures(own_failed, own_total, round(expected / own_total * size) if own_total else 0, size)

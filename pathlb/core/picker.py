@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .breaker import BreakerState, CircuitBreaker
-from .eligibility import View, breakers_of, least_recently_failed
+from .eligibility import View, least_recently_failed, scopes_of
 from .endpoints import EndpointState
 from .lease import Want
 from .model import Rng
@@ -94,7 +94,10 @@ class Picker:
                 continue
             if want.pin is not None and state.url != want.pin:
                 continue
-            shut = [breaker for breaker in breakers_of(state, want.key) if breaker.state is not BreakerState.CLOSED]
+            breakers = (scope.breaker for scope in scopes_of(state, want.key))
+            shut = [breaker for breaker in breakers if breaker.state is not BreakerState.CLOSED]
+            if any(breaker.state is not BreakerState.HALF_OPEN for breaker in shut):
+                continue
             if all(breaker.may_probe(now, want.resendable) for breaker in shut):
                 return Choice(state, "probe", len(view.half_open), probing=shut[0])
         return None

@@ -49,12 +49,16 @@ class Situation:
     """Made so far."""
     unsent: int
     """Of those, how many provably did not reach an endpoint."""
-    resendable: bool
-    """May be sent twice."""
+    resendable: Callable[[], bool]
+    """May be sent twice; asked only when that decides."""
     replayable: bool
     """The body can be sent again."""
     paid: bool
     """The balancer gave the attempt up and has charged the budget already."""
+    hopeless: bool
+    """Every endpoint is known to fail this service, and this one has just done it again."""
+    once_spent: bool
+    """An outcome that is worth one more attempt only has had it."""
     eligible: bool
     """There is an endpoint to go to, tried or not."""
     untried: bool
@@ -83,8 +87,12 @@ def decide(
     wanted = strategy.wants_retry() if strategy else None
     if not (outcome.retry if wanted is None else wanted) or outcome.cause is Cause.CANCELLED:
         return FINAL
-    if outcome.sent is Sent.MAYBE_SENT and not situation.resendable:
+    if outcome.sent is Sent.MAYBE_SENT and not outcome.refused and not situation.resendable():
         return Final("not safe to send twice")
+    if outcome.once and situation.once_spent:
+        return Final("it fails beyond the endpoints, and a second one has tried")
+    if situation.hopeless:
+        return Final("every endpoint fails this service")
     if not situation.replayable:
         return Final("its body is a stream and cannot be sent again")
     if not situation.eligible:

@@ -37,6 +37,10 @@ class EndpointSnapshot:
     breaker: BreakerSnapshot
     breakers: Mapping[str, BreakerSnapshot]
     """Breakers of single keys (service ids) that are not closed."""
+    services: Mapping[str, str]
+    """How it stands for single keys, where that is not `state`."""
+    heights: Mapping[str, int]
+    """Block heights by key, where `BlockHeight` asks for them."""
     health: str
     """`up`, `down` or `unknown`; always `up` without active probes."""
     ejected_for: float | None
@@ -77,10 +81,12 @@ def describe(state: EndpointState, now: float) -> EndpointSnapshot:
         latency=state.latency.seconds,
         breaker=_breaker(state.breaker, now),
         breakers={
-            key: _breaker(breaker, now)
-            for key, breaker in state.key_breakers.items()
-            if breaker.state is not BreakerState.CLOSED
+            key: _breaker(scope.breaker, now)
+            for key, scope in state.scopes.items()
+            if scope.breaker.state is not BreakerState.CLOSED
         },
+        services={key: stands.value for key in state.scopes if (stands := standing(state, key)) is not standing(state)},
+        heights={key: scope.height for key, scope in state.scopes.items() if scope.height is not None},
         health=state.health.state.value,
         ejected_for=None if until is None else max(0.0, until - now),
         counts=dataclasses.asdict(state.counts),

@@ -15,8 +15,11 @@ class AttemptSpan(Protocol):
     headers: Headers
     """Trace headers to send with this attempt, in place of the request's own of the same names (`less_replaced`)."""
 
-    def end(self, outcome: Outcome, reply: Reply | None, error: BaseException | None) -> None:
-        """The reply head or the failure is there. Called exactly once, in the task that started the attempt."""
+    def end(self, outcome: Outcome, reply: Reply | None, error: BaseException | None, relays: int = 0) -> None:
+        """The reply head or the failure is there. Called exactly once, in the task that started the attempt.
+
+        `relays` are those of the caller's request so far, this attempt's included.
+        """
 
 
 class AttemptHook(Protocol):

@@ -14,6 +14,7 @@ from ..core.events import (
     Dequeued,
     Ejected,
     Event,
+    Finished,
     GivenUp,
     Observed,
     PanicChanged,
@@ -27,6 +28,8 @@ from .semconv import ENDPOINT, ERROR_TYPE, OUTCOME, SCHEMA_URL, SCOPE, STATUS_CO
 
 DURATION_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
 """Seconds; what the conventions advise for `http.client.request.duration`."""
+
+COUNT_BUCKETS = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0, 25.0)
 
 SIGNAL = "pathlb.signal"
 WHY = "pathlb.why"
@@ -46,6 +49,8 @@ class Metrics:
     |---|---|---|
     | `http.client.request.duration` | histogram, s, one value per attempt | `pathlb.endpoint`, `pathlb.outcome`,
       `http.response.status_code`, `error.type` |
+    | `pathlb.request.attempts` | histogram, one value per caller's request | |
+    | `pathlb.request.relays` | histogram, one value per caller's request the endpoints told of | |
     | `pathlb.requests.in_flight` | up-down counter | `pathlb.endpoint` |
     | `pathlb.retries` | counter | `pathlb.endpoint` (where it failed), `pathlb.outcome` |
     | `pathlb.retries.refused` | counter | `pathlb.endpoint`, `pathlb.why` |
@@ -77,6 +82,18 @@ class Metrics:
             description="Time requests waited for an endpoint below its limit.",
             explicit_bucket_boundaries_advisory=DURATION_BUCKETS,
         )
+        self._attempts = meter.create_histogram(
+            "pathlb.request.attempts",
+            unit="{attempt}",
+            description="Attempts made for one request of a caller.",
+            explicit_bucket_boundaries_advisory=COUNT_BUCKETS,
+        )
+        self._relays = meter.create_histogram(
+            "pathlb.request.relays",
+            unit="{relay}",
+            description="Relays the endpoints made behind themselves for one request of a caller, over all attempts.",
+            explicit_bucket_boundaries_advisory=COUNT_BUCKETS,
+        )
         self._in_flight = _Level(meter, "pathlb.requests.in_flight", "{request}", "Replies not yet closed.")
         self._panic = _Level(meter, "pathlb.panic", "{balancer}", "Balancers that fail open.")
         self._retries = meter.create_counter("pathlb.retries", "{retry}", "Attempts made up for by another.")
@@ -87,6 +104,7 @@ class Metrics:
         self._overflows = meter.create_counter("pathlb.queue.overflows", "{request}", "Refused by a full queue.")
         self._record: dict[type[Any], Callable[[Any], None]] = {
             Observed: self._on_observed,
+            Finished: self._on_finished,
             Picked: self._on_picked,
             Released: self._on_released,
             Retried: self._on_retried,
@@ -112,6 +130,11 @@ class Metrics:
         if (wrong := error_type(outcome, outcome.status)) is not None:
             attributes[ERROR_TYPE] = wrong
         self._duration.record(event.duration, attributes)
+
+    def _on_finished(self, event: Finished) -> None:
+        self._attempts.record(event.attempts)
+        if event.relays:
+            self._relays.record(event.relays)
 
     def _on_picked(self, event: Picked) -> None:
         self._in_flight.up(event.endpoint, {ENDPOINT: event.endpoint})

@@ -14,6 +14,9 @@ SCHEMA_URL = "https://opentelemetry.io/schemas/1.27.0"
 ENDPOINT = "pathlb.endpoint"
 ERROR_TYPE = "error.type"
 OUTCOME = "pathlb.outcome"
+SERVICE = "pathlb.service"
+RELAYS = "pathlb.relays"
+REQUEST_RELAYS = "pathlb.request.relays"
 STATUS_CODE = "http.response.status_code"
 
 # A fixed name rather than that of the exception: asyncio and trio have one each, and both causes cancel.

@@ -19,7 +19,19 @@ from opentelemetry.util.types import AttributeValue
 from ..core.model import Endpoint, Outcome
 from ..exchange import Headers, Reply, Request
 from .hook import AttemptSpan
-from .semconv import ERROR_TYPE, OUTCOME, SCHEMA_URL, SCOPE, STATUS_CODE, error_type, records, version
+from .semconv import (
+    ERROR_TYPE,
+    OUTCOME,
+    RELAYS,
+    REQUEST_RELAYS,
+    SCHEMA_URL,
+    SCOPE,
+    SERVICE,
+    STATUS_CODE,
+    error_type,
+    records,
+    version,
+)
 
 # There is no public name for these keys: opentelemetry.instrumentation.utils imports them from here under the same
 # private ones. Should they move, other people's spans come back; nothing breaks.
@@ -102,7 +114,7 @@ class _Attempt:
         self._token = token
         self.headers = headers
 
-    def end(self, outcome: Outcome, reply: Reply | None, error: BaseException | None) -> None:
+    def end(self, outcome: Outcome, reply: Reply | None, error: BaseException | None, relays: int = 0) -> None:
         otel_context.detach(self._token)
         span = self._span
         if span.is_recording():
@@ -110,6 +122,11 @@ class _Attempt:
             found: dict[str, AttributeValue] = {OUTCOME: outcome.cause.value}
             if status is not None:
                 found[STATUS_CODE] = status
+            if outcome.key is not None:
+                found[SERVICE] = outcome.key
+            if outcome.relays is not None:
+                found[RELAYS] = outcome.relays
+                found[REQUEST_RELAYS] = relays
             wrong = error_type(outcome, status, error)
             if wrong is not None:
                 found[ERROR_TYPE] = wrong
@@ -126,7 +143,7 @@ class _Relay:
     def __init__(self, headers: Headers) -> None:
         self.headers = headers
 
-    def end(self, outcome: Outcome, reply: Reply | None, error: BaseException | None) -> None:
+    def end(self, outcome: Outcome, reply: Reply | None, error: BaseException | None, relays: int = 0) -> None:
         pass
 
 

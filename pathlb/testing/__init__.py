@@ -19,6 +19,15 @@ All of them are plain objects and context managers that work under asyncio, unde
             client.get(fleet.urls[1])
         assert fleet[0].stats().by_status == {502: 1}
 
+A fleet with services behaves like PATH gateways: routes, headers, errors, retries of its own, a chain behind it that
+counts the transactions that reached it:
+
+    with Fleet(3, path=["eth", "solana"]) as fleet:
+        fleet[0].set_service("eth", ServiceMode.NO_SESSION)
+        fleet.set_service("solana", ServiceMode.SUPPLIERS_FAIL, share=0.3)
+        ...
+        assert set(fleet.transactions().values()) <= {1}
+
 `Gateway` is one server of a fleet without the thread around it, for code that has an asyncio loop to run it on.
 """
 
@@ -43,7 +52,7 @@ from .faults import (
     http_reply,
 )
 from .fleet import Fleet, FleetGateway
-from .gateway import Gateway, Mode, ReceivedRequest, ServiceTime, Settings, Stats
+from .gateway import Gateway, Mode, ReceivedRequest, ServiceMode, ServiceTime, Settings, Stats
 from .scripted import Body, ScriptedUpstream
 
 __all__ = [
@@ -66,6 +75,7 @@ __all__ = [
     "ScriptedUpstream",
     "Send",
     "SendSlowly",
+    "ServiceMode",
     "ServiceTime",
     "Settings",
     "Stats",

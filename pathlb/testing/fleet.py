@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pathlb.errors import UsageError
 
+from .gateway.chain import Answer
 from .gateway.commands import decode_request, decode_stats
 from .gateway.control import NOT_RUNNING, Control, LocalControl, LoopThread, ProcessControl
-from .gateway.model import DEFAULT_SERVICE_TIME, Mode, ReceivedRequest, ServiceTime, Settings, Stats
+from .gateway.model import (
+    DEFAULT_SERVICE_TIME,
+    Mode,
+    PathSettings,
+    ReceivedRequest,
+    ServiceMode,
+    ServiceTime,
+    Settings,
+    Stats,
+)
 
 
 class FleetGateway:
@@ -53,8 +64,33 @@ class FleetGateway:
         self.set_mode(Mode.OK)
 
     def set_body(self, body: bytes) -> None:
-        """The body of every 200 from now on, but `/health`'s; the default is a JSON-RPC result."""
+        """The body of every 200 from now on, but `/health`'s; the default is a JSON-RPC result.
+
+        In a fleet with services the chain answers instead.
+        """
         self._control.call({"do": "set_body", "body": body.decode("latin-1")})
+
+    def set_service(self, service: str, mode: ServiceMode, *, share: float = 1.0, factor: float = 10.0) -> None:
+        """Let one of PATH's services fare as `mode` says from the next request on.
+
+        `share` of the requests, or of the relays, are befallen by it (default 1, all; which ones is seeded), `factor`
+        multiplies SLOW's service times (default 10). Raises `ValueError` for values out of range, a service the fleet
+        has not, and a fleet without services.
+        """
+        self._control.call(
+            {"do": "set_service", "service": service, "mode": mode.value, "share": share, "factor": factor}
+        )
+
+    def set_height(self, height: int) -> None:
+        """The block height it answers and tells in `/ready?detailed=true` from now on (at first 1000).
+
+        Raises `ValueError` in a fleet without services.
+        """
+        self._control.call({"do": "set_height", "height": height})
+
+    def transactions(self) -> Counter[str]:
+        """How often each raw transaction reached the chain through it: see `Fleet.transactions`."""
+        return Counter(self._control.call({"do": "transactions"}))
 
     def stats(self) -> Stats:
         """The counters at this moment."""
@@ -81,6 +117,13 @@ class Fleet:
     - `uds`: listen on unix sockets in a temporary directory (default False). They have no RST: clients see a broken
       connection where a reset is due.
 
+    With `path` the gateways behave like PATH instead of replying alike to everything:
+
+    - `path`: the services they relay for, by id (default none). Each speaks JSON-RPC, to an emulated EVM chain.
+    - `suppliers`: how many serve each service (default 5, at least 2).
+    - `answer`: answers the JSON-RPC calls instead of the emulated chain, one at a time, on the fleet's thread, which
+      serves nothing else meanwhile (default None; not with `processes`). What it raises becomes error -32603.
+
     Entering raises `OSError` naming the gateway when one of `ports` is taken. A fleet can be entered again after it was
     left, and then starts afresh.
     """
@@ -97,6 +140,9 @@ class Fleet:
         seed: int = 0,
         record: bool = False,
         uds: bool = False,
+        path: Sequence[str] = (),
+        suppliers: int = 5,
+        answer: Answer | None = None,
     ) -> None:
         if n is None:
             n = 5 if ports is None else len(ports)
@@ -106,8 +152,15 @@ class Fleet:
             raise ValueError(f"{len(ports)} ports for {n} gateways")
         if ports is not None and uds:
             raise ValueError("unix sockets have no ports; give ports= or uds=True")
+        if isinstance(path, str):
+            raise ValueError(f"path is a list of services: [{path!r}]")
+        if answer is not None and (processes or not path):
+            raise ValueError("answer= needs path=[...], and gateways in this process")
+        make: Callable[..., Settings] = Settings
+        if path:
+            make = functools.partial(PathSettings, services=tuple(path), suppliers=suppliers)
         self._settings = [
-            Settings(
+            make(
                 name=f"gateway-{index}",
                 port=0 if ports is None else ports[index],
                 service_time=service_time,
@@ -119,6 +172,7 @@ class Fleet:
             )
             for index in range(n)
         ]
+        self._answer = answer
         self._processes = processes
         self._uds = uds
         self._exit: contextlib.ExitStack | None = None
@@ -138,7 +192,9 @@ class Fleet:
             else:
                 thread = LoopThread()
                 stack.callback(thread.stop)
-                controls = [stack.enter_context(contextlib.closing(LocalControl(thread, one))) for one in settings]
+                controls = [
+                    stack.enter_context(contextlib.closing(LocalControl(thread, one, self._answer))) for one in settings
+                ]
             # Processes import side by side: the first answer is waited for when all of them have been started.
             gateways = [FleetGateway(one.name, control) for one, control in zip(settings, controls, strict=True)]
             self._gateways = gateways
@@ -167,6 +223,17 @@ class Fleet:
 
     def __len__(self) -> int:
         return len(self._settings)
+
+    def set_service(self, service: str, mode: ServiceMode, *, share: float = 1.0, factor: float = 10.0) -> None:
+        """`FleetGateway.set_service`, on all of them."""
+        for gateway in self:
+            gateway.set_service(service, mode, share=share, factor=factor)
+
+    def transactions(self) -> Counter[str]:
+        """How often each payload of `eth_sendRawTransaction` reached the chain, over all gateways, whatever became of
+        the reply. More than 1 means it was sent again: the gateways' own retries do not count.
+        """
+        return sum((gateway.transactions() for gateway in self), Counter())
 
     def seen(self) -> Counter[bytes]:
         """How often each `X-Request-Id` arrived, over all gateways: more than 1 means it was sent again."""

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import errno
 import http.server
+import json
 import socket
 import ssl
 import threading
@@ -17,6 +18,7 @@ import trustme
 
 from pathlb.cli import main
 from pathlb.cli.check import _Progress, diagnose
+from pathlb.cli.readiness import Readiness, explain, read_readiness
 from pathlb.config import Health
 from pathlb.core.model import Endpoint, Sent
 from pathlb.errors import Fault, UpstreamError
@@ -31,6 +33,7 @@ from pathlb.testing import (
     Reset,
     Send,
     SendSlowly,
+    ServiceMode,
     Step,
     black_hole,
     http_reply,
@@ -287,3 +290,125 @@ def test_diagnose(cause: OSError, local: bool, message: str) -> None:
     error = UpstreamError(Fault.CONNECT, Sent.NOT_SENT, "http://10.0.0.1:3069", "it failed", local=local)
     error.__cause__ = ExceptionGroup("all attempts", [cause])
     assert diagnose(error, Endpoint("http://10.0.0.1:3069"), _Progress(), Health("/health")).startswith(message)
+
+
+# --- services of PATH gateways
+
+PATH = ("--profile", "path", "--service", "eth", "--service", "solana")
+
+
+def test_the_services_of_path_gateways(check: Check) -> None:
+    with Fleet(2, path=["eth", "solana"]) as fleet:
+        status, lines = check(*fleet.urls, *PATH)
+        asked = [gateway.stats().by_path for gateway in fleet]
+    assert status == 0
+    assert [line[:4] for line in lines] == ["ok  ", "    ", "    "] * 2
+    assert lines[1] == lines[4] == "      ok    eth     5 endpoints, block 1000"
+    assert lines[2] == lines[5] == "      ok    solana  5 endpoints, block 1000"
+    assert asked == [{"/health": 1, "/ready/eth": 1, "/ready/solana": 1}] * 2
+
+
+def test_the_profile_alone_asks_for_no_service(check: Check) -> None:
+    with Fleet(2, path=["eth"]) as fleet:
+        status, lines = check(*fleet.urls, "--profile", "path")
+        assert [gateway.stats().by_path for gateway in fleet] == [{"/health": 1}] * 2
+    assert (status, len(lines)) == (0, 2)
+
+
+def test_a_service_that_is_not_ready_on_one_instance(check: Check) -> None:
+    with Fleet(3, path=["eth", "solana"]) as fleet:
+        fleet[1].set_service("solana", ServiceMode.NO_SESSION)
+        fleet[2].set_service("solana", ServiceMode.NOT_CONFIGURED)
+        status, lines = check(*fleet.urls, *PATH)
+    assert status == 1
+    assert [line.split()[0] for line in lines] == ["ok", "ok", "ok", "ok", "ok", "FAIL", "ok", "ok", "FAIL"]
+    assert lines[5] == (
+        '      FAIL  solana  not ready: no session, 0 endpoints, "no active sessions could be retrieved for the '
+        'service: service solana"; 1 of 2 others ready: ask again, a session may just be changing; else look at its '
+        "full node and its log, or restart it"
+    )
+    assert '"ZERO owned apps found for service: solana"; 1 of 2 others ready: compare its owned_apps' in lines[8]
+
+
+def test_a_service_that_nobody_is_ready_for(check: Check) -> None:
+    with Fleet(2, path=["eth"]) as fleet:
+        status, lines = check(*fleet.urls, "--profile", "path", "--service", "ehtereum")
+    assert status == 1
+    assert all("0 of 1 others ready: correct the service id, or stake an app for it" in lines[i] for i in (1, 3))
+
+
+def test_an_instance_behind_the_best_is_told_and_is_no_failure(check: Check) -> None:
+    with Fleet(3, path=["eth"]) as fleet:
+        fleet[0].set_height(940)
+        fleet[2].set_height(1001)
+        status, lines = check(*fleet.urls, "--profile", "path", "--service", "eth")
+    assert status == 0
+    assert [line.partition(", ")[2] for line in lines[1::2]] == [
+        "block 940, 61 behind the best",
+        "block 1000, 1 behind the best",
+        "block 1001",
+    ]
+
+
+def test_an_instance_that_is_down_is_not_asked_for_services(check: Check) -> None:
+    with Fleet(2, path=["eth"]) as fleet:
+        fleet[0].kill()
+        status, lines = check(*fleet.urls, "--profile", "path", "--service", "eth")
+    assert status == 1
+    assert [line.split()[0] for line in lines] == ["FAIL", "ok", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([Send(http_reply(200, b"<html>")), Fin()], "answered 200 to /ready/eth?detailed=true, but not as PATH does"),
+        ([Send(http_reply(404)), Fin()], "answered 404 to /ready/eth?detailed=true, but not as PATH does"),
+        ([Hang()], "no answer to /ready/eth?detailed=true within 0.2 s: it may be fetching a session"),
+        ([Reset()], "connected, but it hung up without an HTTP answer"),
+        ([Send(http_reply(headers=[(b"Content-Length", b"99")])), Fin()], "200, but the body broke off"),
+        (
+            [Send(http_reply(503, b'{"ready":false,"message":"readiness reporting not available"}\n')), Fin()],
+            'not ready: no session, 0 endpoints, "readiness reporting not available": look at the full node',
+        ),
+    ],
+)
+def test_readiness_that_cannot_be_told(
+    steps: list[Step], message: str, check: Check, server: Callable[..., FaultServer]
+) -> None:
+    first = (ReadRequest(), Send(http_reply(200, b"")), ReadRequest())
+    status, lines = check(server(*first, *steps).url, "--profile", "path", "--service", "eth", "--timeout", "0.2")
+    assert status == 1
+    assert lines[0].startswith("ok    ")
+    assert lines[1].startswith("      FAIL  eth  ")
+    assert message in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("told", "others", "message"),
+    [
+        (Readiness(True, 1, True, "", None), [], "1 endpoint"),
+        (Readiness(True, 3, True, "", None), [Readiness(True, 3, True, "", 7)], "3 endpoints, no block seen yet"),
+        (Readiness(False, 0, True, "", 7), [], "not ready: a session, 0 endpoints: it filtered every supplier out"),
+        (
+            Readiness(False, 0, False, "error getting the selected app from the HTTP request: <nil>", None),
+            [],
+            'from the HTTP request: <nil>": in delegated mode PATH is ready for nothing; leave --service out',
+        ),
+    ],
+)
+def test_readiness_in_words(told: Readiness, others: list[Readiness], message: str) -> None:
+    assert message in explain(told, others)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"1", b'"services"', b'{"services":{}}', b'{"ready":1}', b"[" * 100_000, b"\xff"]
+)
+def test_what_is_no_readiness(body: bytes) -> None:
+    assert read_readiness("eth", body) is None
+
+
+def test_what_path_says_is_repeated_on_one_line_and_not_for_ever() -> None:
+    told = read_readiness("eth", json.dumps({"ready": False, "message": "no\n\x1b[31m" + "x" * 999}).encode())
+    assert told is not None
+    assert told.error.startswith("no  [31mxxx")
+    assert len(told.error) < 210

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import re
 import signal
@@ -17,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from pathlb.cli import demo
-from pathlb.cli.demo import Phase
-from pathlb.testing import Fleet
+from pathlb.cli.scenario import ANY, PATH, Phase, Scenario
+from pathlb.testing import Fleet, ServiceMode
 
 ROOT = Path(__file__).parents[2]
 PHASES = ["steady", r":\d+ killed", r":\d+ restored", r":\d+ 10x slower", r":\d+ recovered"]
@@ -31,7 +32,7 @@ class Program:
         self._mark = f"PATHLB_TEST_MARK={uuid.uuid4()}"
         name, _, value = self._mark.partition("=")
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "pathlb", "demo", *arguments],
+            [sys.executable, "-W", "error", "-m", "pathlb", "demo", "--port", "0", *arguments],
             env={**os.environ, "PYTHONPATH": str(ROOT), name: value},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -78,6 +79,27 @@ def test_a_short_demo_loses_nothing_and_leaves_nothing() -> None:
     assert left == []
 
 
+def test_a_short_demo_of_path_loses_only_what_nobody_could_serve() -> None:
+    with program("--profile", "path", "--seconds-per-phase", "1", "--rate", "100") as running:
+        output, errors = running.process.communicate(timeout=50)
+        left = running.still_running()
+    assert errors == ""
+    assert running.process.returncode == 0, output
+    # Whichever is faster.
+    assert re.search(r" s\] :\d+ for eth: (breaker closed -> open|probes say it is down)", output)
+    assert " for poly: " not in output, "an outage of the suppliers is no instance's fault"
+    report = output[output.rindex("requests in") :]
+    services = report[report.index("lost and retried per service") : report.index("share of the answers")]
+    rows = [re.split("  +", line) for line in services.splitlines()[2:-1]]
+    assert len(rows) == 9
+    assert {row[2] for row in rows} == {"0"}, "eth loses nothing"
+    asked, lost = {row[0]: int(row[4]) for row in rows}, {row[0]: int(row[5]) for row in rows}
+    assert abs(sum(int(row[1]) for row in rows) - sum(asked.values())) <= 1, "both services get their half"
+    assert lost["poly: all suppliers fail"] > 0
+    assert f"\n{sum(lost.values())} were lost while nobody could serve poly\n" in report
+    assert left == []
+
+
 def test_ctrl_c_ends_it_with_the_report_so_far() -> None:
     with program("--seconds-per-phase", "50", "--rate", "50") as running:
         running.read_until("] steady: ")
@@ -93,7 +115,12 @@ def test_ctrl_c_ends_it_with_the_report_so_far() -> None:
 
 
 def options(**changed: object) -> argparse.Namespace:
-    return argparse.Namespace(**{"rate": 50.0, "seconds_per_phase": 0.3, "gateways": 2, "plain": True, **changed})
+    usual = {"rate": 50.0, "seconds_per_phase": 0.3, "gateways": 2, "port": 0, "profile": None, "plain": True}
+    return argparse.Namespace(**{**usual, **changed})
+
+
+def only(*phases: Phase) -> Scenario:
+    return dataclasses.replace(ANY, phases=lambda fleet: list(phases))
 
 
 def test_a_lost_request_is_status_1_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +131,7 @@ def test_a_lost_request_is_status_1_and_explained(capsys: pytest.CaptureFixture[
 
         return [Phase("all dead", kill)]
 
-    assert demo.run(options(), script=all_dead) == 1
+    assert demo.run(options(), dataclasses.replace(ANY, phases=all_dead)) == 1
     output = capsys.readouterr().out
     assert re.search(r"15 requests in .* s: 15 lost, 1[45] retried", output)
     assert "lost because:" in output
@@ -112,15 +139,22 @@ def test_a_lost_request_is_status_1_and_explained(capsys: pytest.CaptureFixture[
 
 
 def test_a_taken_port_is_replaced_and_named(capsys: pytest.CaptureFixture[str]) -> None:
-    # Where another program has it already, so much the better.
-    with socket.socket() as taken, contextlib.suppress(OSError):
-        taken.bind(("127.0.0.1", demo.FIRST_PORT))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert demo.run(options(), script=lambda fleet: [Phase("steady")]) == 0
+        port = taken.getsockname()[1]
+        assert demo.run(options(port=port), only(Phase("steady"))) == 0
     output = capsys.readouterr().out
-    assert re.search(rf"port {demo.FIRST_PORT} is taken: gateway-0 is on \d+\n", output)
+    assert re.search(rf"port {port} is taken: gateway-0 is on \d+\n", output)
     assert "15 requests in" in output
     assert ": 0 lost, 0 retried" in output
+
+
+def test_the_ports_follow_the_first() -> None:
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    assert parser.parse_args([]).port == 3069
+    assert parser.parse_args(["--port", "0"]).port == 0
 
 
 def test_the_rate_is_the_highest_this_machine_can_do(
@@ -128,8 +162,24 @@ def test_the_rate_is_the_highest_this_machine_can_do(
 ) -> None:
     monkeypatch.setattr(demo, "_RATES", (10_000_000.0, 20.0))
     monkeypatch.setattr(demo, "_TRIAL", 0.2)
-    assert demo.run(options(rate=None), script=lambda fleet: [Phase("steady")]) == 0
+    assert demo.run(options(rate=None), only(Phase("steady"))) == 0
     output = capsys.readouterr().out
     assert "1e+07 requests/s: more than this machine can" in output
     assert "20 requests/s of 20 ms through one pathlb.AsyncClient" in output
     assert "6 requests in" in output, "the trials are not in the report"
+
+
+def test_what_is_lost_beside_an_outage_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    def both_out(fleet: Fleet) -> list[Phase]:
+        def fail() -> None:
+            for service in PATH.services:
+                fleet.set_service(service, ServiceMode.SUPPLIERS_FAIL)
+
+        return [Phase("both out", fail, ("poly",))]
+
+    assert demo.run(options(profile="path"), dataclasses.replace(PATH, phases=both_out)) == 1
+    output = capsys.readouterr().out
+    assert re.search(r"15 requests in .* s: 15 lost", output)
+    assert "7 were lost while nobody could serve poly" in output
+    assert "nobody could serve eth" not in output
+    assert "  8 x eth: status 500" in output

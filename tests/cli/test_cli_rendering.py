@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 from functools import partial
 
 import anyio
@@ -14,7 +15,16 @@ from pathlb.cli.demo import describe
 from pathlb.cli.report import closing_report
 from pathlb.cli.screen import PlainScreen, RichScreen, Row, View, make_screen, plain_line, rich_table
 from pathlb.cli.traffic import Account, Ledger, open_loop, percentile
-from pathlb.core.events import BreakerChanged, Ejected, Event, GivenUp, PanicChanged, Released, Returned
+from pathlb.core.events import (
+    BreakerChanged,
+    Ejected,
+    Event,
+    GivenUp,
+    HealthChanged,
+    PanicChanged,
+    Released,
+    Returned,
+)
 from pathlb.testing import FakeClock
 
 URL = "http://127.0.0.1:3069"
@@ -23,7 +33,7 @@ VIEW = View(
     phase=":3069 killed",
     rate=200.0,
     p50=0.0234,
-    lost=0,
+    lost={"eth": 0},
     rows=[
         Row(":3069", "breaker open", 0, 0.0, None, 0.0, "open"),
         Row(":3070", "ready", 4, 200.0, 0.0234, 1.0, "closed"),
@@ -51,6 +61,15 @@ def test_a_table() -> None:
     ]
     assert ":3069 killed  (8 s)" in text
     assert "200 requests/s answered, p50 23 ms, 0 lost" in text
+
+
+def test_losses_and_states_of_services() -> None:
+    row = Row(":3069", "ready; eth: breaker open", 0, 0.0, None, 0.0, "closed")
+    view = replace(VIEW, lost={"eth": 0, "poly": 7}, rows=[row])
+    assert plain_line(view).endswith(" p50 23 ms, lost: 0 eth, 7 poly | :3069 0/s (ready; eth: breaker open)")
+    table = rich_table(view)
+    assert str(table.caption).endswith("lost: 0 eth, 7 poly")
+    assert [str(cell) for cell in table.columns[1].cells] == ["ready; eth: breaker open"]
 
 
 def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,8 +110,13 @@ def test_what_happened_comes_above_the_table_as_it_is(capsys: pytest.CaptureFixt
         (BreakerChanged(1, URL, None, "closed", "open", "5 in a row"), ":3069: breaker closed -> open (5 in a row)"),
         (BreakerChanged(1, URL, None, "probing", "closed", "ok"), ":3069: breaker probing -> closed (ok)"),
         (BreakerChanged(1, URL, None, "open", "half-open", "time"), ""),
+        (BreakerChanged(1, URL, "eth", "closed", "open", "5"), ":3069 for eth: breaker closed -> open (5)"),
         (Ejected(1, URL, "latency", 2.34, "median"), ":3069: ejected for 2.3 s, by its latency (median)"),
         (Returned(1, URL), ":3069: back from its ejection"),
+        (Returned(1, URL, "eth"), ":3069 for eth: back from its ejection"),
+        (HealthChanged(1, URL, "up", "down", "status 503", "eth"), ":3069 for eth: probes say it is down (status 503)"),
+        (HealthChanged(1, URL, "down", "up", "status 200"), ":3069: probes say it is up (status 200)"),
+        (HealthChanged(1, URL, "unknown", "up", "status 200"), ""),
         (GivenUp(1, URL, 3), ":3069: 3 attempts given up and sent elsewhere"),
         (PanicChanged(1, True, 0, 5), "panic: 0 of 5 instances eligible, requests go to those out too"),
         (PanicChanged(1, False, 1, 5), "panic is over"),
@@ -118,10 +142,10 @@ def test_percentile_of_nothing() -> None:
 def test_the_recent_second() -> None:
     ledger = Ledger()
     ledger.open("steady")
-    ledger.answered(1.0, "a", 0.5, 1)
-    ledger.answered(2.5, "a", 0.1, 1)
-    ledger.answered(2.6, "a", 0.3, 1)
-    ledger.answered(2.7, "b", 0.2, 2)
+    ledger.answered("eth", 1.0, "a", 0.5, 1)
+    ledger.answered("eth", 2.5, "a", 0.1, 1)
+    ledger.answered("eth", 2.6, "a", 0.3, 1)
+    ledger.answered("eth", 2.7, "b", 0.2, 2)
     recent = ledger.recent(3.0)
     assert (recent.rate("a"), recent.rate("b"), recent.rate("c")) == (2, 1, 0)
     assert (recent.p50("a"), recent.p50("c")) == (0.1, None)
@@ -158,12 +182,12 @@ def ledger() -> Ledger:
     ledger = Ledger()
     steady = ledger.open("steady")
     for number in range(100):
-        ledger.answered(number, ":3069" if number % 2 else ":3070", (number + 1) / 1000, 1)
+        ledger.answered("eth", number, ":3069" if number % 2 else ":3070", (number + 1) / 1000, 1)
     steady.due = steady.sent = 100
     steady.seconds = 10.0
     killed = ledger.open(":3069 killed")
-    ledger.answered(100, ":3070", 0.02, 2)
-    ledger.lost("status 503", 3)
+    ledger.answered("eth", 100, ":3070", 0.02, 2)
+    ledger.lost("eth", "status 503", 3)
     killed.due = killed.sent = 2
     killed.seconds = 0.2
     return ledger
@@ -189,6 +213,20 @@ def test_the_report() -> None:
     )
 
 
+def test_the_report_of_several_services_has_a_line_for_an_outage_and_a_table() -> None:
+    several = ledger()
+    several.lost("poly", "poly: status 500", 2, hopeless=True)
+    lines = closing_report(several, [":3069"], rate=10, unfinished=0).splitlines()
+    assert lines[:2] == ["103 requests in 10.2 s: 2 lost, 3 retried", "1 were lost while nobody could serve poly"]
+    start = lines.index("lost and retried per service")
+    assert lines[start + 1 : start + 5] == [
+        "phase         eth requests  eth lost  eth retried  poly requests  poly lost  poly retried",
+        "steady                 100         0            0              0          0             0",
+        ":3069 killed             2         1            2              1          1             1",
+        "",
+    ]
+
+
 def test_the_report_says_when_the_figures_are_not_the_fleets() -> None:
     slow = ledger()
     slow.accounts[0].sent = 90
@@ -203,8 +241,8 @@ def test_the_report_counts_what_was_cut_off() -> None:
 def test_the_report_names_the_most_frequent_reasons() -> None:
     many = ledger()
     for number in range(9):
-        many.lost(f"reason {number}", 1)
-    many.lost("reason 8", 1)
+        many.lost("eth", f"reason {number}", 1)
+    many.lost("eth", "reason 8", 1)
     lines = closing_report(many, [":3069"], rate=10, unfinished=0).splitlines()
     assert lines[-6] == "  2 x reason 8"
     assert lines[-1] == "  and 5 other reasons"

@@ -56,6 +56,17 @@ class Behaviour:
     """What is sent while it hangs is never answered."""
     paused_until: float = 0.0
     """It answers nothing before, and then everything."""
+    services: dict[str, Behaviour] = field(default_factory=dict)
+    """Of single services (keys), where it differs."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """One service (key): its share of the traffic, how long it takes, what part of it is not safe to send twice."""
+
+    share: float
+    duration: Distribution
+    writes: float = 0.0
 
 
 @dataclass
@@ -77,12 +88,16 @@ class Simulation:
     policy: Policy = field(default_factory=LeastConnections)
     read_timeout: float = 15.0
     deadline: float = 30.0
+    services: dict[str, Service] = field(default_factory=dict)
+    """Of which the traffic is made; without any, requests have no key."""
 
     def __post_init__(self) -> None:
         self.now = 0.0
         self.rng = random.Random(self.seed)
         self.engine = Engine(self.settings, self.policy, random.Random(self.seed + 1))
         self.behaviours = [Behaviour(self.service) for _ in range(self.count)]
+        for behaviour in self.behaviours:
+            behaviour.services = {key: Behaviour(service.duration) for key, service in self.services.items()}
         self._numbers = {url: number for number, url in enumerate(urls(self.count))}
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
@@ -95,6 +110,8 @@ class Simulation:
         self.lost = 0
         self.latencies: list[tuple[float, float]] = []
         self.picks: list[tuple[float, int, str]] = []
+        self.keys: list[str | None] = []
+        """Of the picks."""
         self.keep_picks = False
         self.engine.subscribe(self._listen)
         self.engine.apply(0.0, check_endpoints(urls(self.count)))
@@ -132,7 +149,13 @@ class Simulation:
 
     def _arrive(self) -> None:
         self._at(self.now + self.rng.expovariate(self.rate), self._arrive)
-        self._admit(Request(Want(resendable=True), self.now))
+        if not self.services:
+            self._admit(Request(Want(resendable=True), self.now))
+            return
+        (key,) = self.rng.choices(list(self.services), [service.share for service in self.services.values()])
+        writes = self.services[key].writes
+        resendable = not writes or self.rng.random() >= writes
+        self._admit(Request(Want(resendable=resendable, key=key), self.now))
 
     def _admit(self, request: Request) -> None:
         holder: list[Any] = []
@@ -156,7 +179,10 @@ class Simulation:
         number = self._numbers[grant.endpoint.url]
         if self.keep_picks:
             self.picks.append((self.now, number, grant.reason))
+            self.keys.append(grant.key)
         behaviour = self.behaviours[number]
+        if behaviour.services and grant.key is not None:
+            behaviour = behaviour.services[grant.key]
         grant.give_up = partial(self._given_up, request, grant)
         if behaviour.hangs:
             self._at(self.now + self.read_timeout, lambda: self._end(request, grant, BROKEN))

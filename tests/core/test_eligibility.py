@@ -13,6 +13,7 @@ from pathlb.core.eligibility import Standing, least_recently_failed, standing, s
 from pathlb.core.endpoints import Admin, EndpointState
 from pathlb.core.health import Health, HealthState
 from pathlb.core.model import Endpoint
+from pathlb.core.scope import Scope
 
 from .helpers import ScriptedRng
 
@@ -20,6 +21,12 @@ from .helpers import ScriptedRng
 def breaker(state: BreakerState = BreakerState.CLOSED) -> CircuitBreaker:
     one = CircuitBreaker(Breaker(), ScriptedRng(), lambda *change: None)
     one.state = state
+    return one
+
+
+def scope(state: BreakerState = BreakerState.CLOSED) -> Scope:
+    one = Scope(HealthState(probed=False))
+    one.breaker = breaker(state)
     return one
 
 
@@ -88,7 +95,7 @@ def test_standing_of_every_combination() -> None:
 )
 def test_a_key_needs_both_breakers(own: BreakerState, scoped: BreakerState, verdict: Standing) -> None:
     state = make(closed=own)
-    state.key_breakers["eth"] = breaker(scoped)
+    state.scopes["eth"] = scope(scoped)
     assert standing(state, "eth") is verdict
     without = Standing.READY if own is BreakerState.CLOSED else None
     if without:

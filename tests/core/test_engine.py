@@ -381,9 +381,9 @@ def test_a_service_fault_shuts_its_service_on_that_endpoint_only() -> None:
     assert rig.state(0).counts.failed == 5
     rig.tick(0.0, 1.0)
     probe = rig.lease(1.0, key="eth", resendable=True)
-    assert (probe.reason, probe.probing) == ("probe", rig.state(0).key_breakers["eth"])
+    assert (probe.reason, probe.probing) == ("probe", rig.state(0).scopes["eth"].breaker)
     rig.finish(1.1, probe)
-    assert rig.state(0).key_breakers["eth"].state is S.CLOSED
+    assert rig.state(0).scopes["eth"].breaker.state is S.CLOSED
     assert rig.state(0).ramp_from is None  # the endpoint was never out
 
 
@@ -395,7 +395,7 @@ def test_successes_of_a_service_break_the_row_of_its_failures() -> None:
             rig.request(0.0, FAULT, key="eth")
             for _ in range(5):
                 rig.request(0.0, success, key="eth")
-        assert rig.state(0).key_breakers["eth"].state is S.CLOSED
+        assert rig.state(0).scopes["eth"].breaker.state is S.CLOSED
 
 
 def test_successes_of_services_break_the_row_of_the_endpoints_failures() -> None:
@@ -413,10 +413,10 @@ def test_an_answer_about_another_service_says_nothing_about_this_one() -> None:
     for _ in range(4):
         rig.request(0.0, FAULT, key="eth")
     rig.request(0.0, other, key="eth")
-    breakers = rig.state(0).key_breakers
-    assert (breakers["eth"].consecutive_failures, breakers["btc"].consecutive_failures) == (4, 1)
+    scopes = rig.state(0).scopes
+    assert [scopes[key].breaker.consecutive_failures for key in ("eth", "btc")] == [4, 1]
     rig.request(0.0, Outcome(Cause.OK, key="btc"), key="eth")
-    assert (breakers["eth"].consecutive_failures, breakers["btc"].consecutive_failures) == (4, 0)
+    assert [scopes[key].breaker.consecutive_failures for key in ("eth", "btc")] == [4, 0]
 
 
 def test_a_probe_of_a_service_that_is_answered_for_another_is_abandoned() -> None:
@@ -425,7 +425,7 @@ def test_a_probe_of_a_service_that_is_answered_for_another_is_abandoned() -> Non
         rig.request(0.0, FAULT, pin="http://gw0", key="eth")
     rig.tick(0.0, 1.0)
     rig.finish(1.0, rig.lease(1.0, key="eth", resendable=True), Outcome(Cause.OK, key="btc"))
-    assert rig.state(0).key_breakers["eth"].state is S.HALF_OPEN
+    assert rig.state(0).scopes["eth"].breaker.state is S.HALF_OPEN
 
 
 def test_a_service_fault_proves_that_the_endpoint_works() -> None:
@@ -434,7 +434,7 @@ def test_a_service_fault_proves_that_the_endpoint_works() -> None:
     rig.tick(0.0, 1.0)
     rig.finish(1.0, rig.lease(1.0, key="eth", resendable=True), FAULT)
     assert rig.state(0).breaker.state is S.CLOSED
-    assert rig.state(0).key_breakers["eth"].consecutive_failures == 1
+    assert rig.state(0).scopes["eth"].breaker.consecutive_failures == 1
 
 
 def test_any_number_of_keys_takes_bounded_memory() -> None:
@@ -443,7 +443,7 @@ def test_any_number_of_keys_takes_bounded_memory() -> None:
         key = f"service-{number}"
         rig.request(number * 1.0, Outcome(Cause.SERVICE, key=key), key=key)
         rig.request(number * 1.0, OK, key=key)
-    assert len(rig.state(0).key_breakers) <= 101
+    assert len(rig.state(0).scopes) <= 200
     assert len(rig.engine._cluster._views) <= 1
 
 
@@ -580,7 +580,7 @@ def test_a_waiter_who_takes_anything_does_not_hold_up_one_whose_wish_is_free() -
     plain, pinned = wait(rig), wait(rig, pin="http://gw0")
     rig.state(0).in_flight -= 1
     rig.fail(1, 0.0, 0)
-    rig.engine._cluster._eject(0.0, Verdict(rig.state(0), "latency", ""), Outlier())
+    rig.engine._cluster._eject(0.0, rig.state(0), None, Verdict(rig.state(0), "latency", ""), Outlier())
     rig.engine.tick(0.0)
     assert granted(pinned).reason == "panic"
     assert plain.waiting
@@ -809,7 +809,7 @@ def test_a_stall_is_no_silence_of_a_probe_of_a_service() -> None:
     rig.tick(0.0, 1.0)
     rig.lease(1.0, key="eth", resendable=True)
     rig.engine.tick(6.0)
-    assert rig.state(0).key_breakers["eth"].state is S.PROBING
+    assert rig.state(0).scopes["eth"].breaker.state is S.PROBING
 
 
 def test_nobody_is_compared_right_after_a_stall() -> None:

@@ -63,6 +63,10 @@ class EngineMachine(RuleBasedStateMachine):
     def drain(self, number: int, back: bool) -> None:
         self.do("drain", number, back)
 
+    @rule(number=st.integers(0, 4), key=st.integers(0, 3), passed=st.booleans())
+    def probe_key(self, number: int, key: int, passed: bool) -> None:
+        self.do("probe_key", number, key, passed)
+
     @rule(number=INDEX, passed=st.booleans())
     def probe(self, number: int, passed: bool) -> None:
         self.do("probe", number, passed)

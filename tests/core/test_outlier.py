@@ -59,7 +59,7 @@ def endpoint(
 
 def verdicts(*states: EndpointState, **settings: Any) -> list[tuple[str, str]]:
     config = Outlier(**{"confirm": 0.0} | settings)
-    return [(verdict.endpoint.url, verdict.signal) for verdict in judge(states, NOW, config)]
+    return [(verdict.scope.url, verdict.signal) for verdict in judge(states, NOW, config)]
 
 
 FAST = [0.045, 0.05, 0.055] * 7

@@ -13,7 +13,7 @@ from pathlb.core.picker import NONE_ELIGIBLE, SATURATED, Choice, Picker
 from pathlb.core.policy import LeastConnections
 
 from .helpers import ScriptedRng
-from .test_eligibility import breaker, make
+from .test_eligibility import make, scope
 
 HALF_OPEN = BreakerState.HALF_OPEN
 
@@ -144,7 +144,7 @@ def test_a_retry_never_probes_where_it_failed() -> None:
 def test_no_probe_past_a_breaker_that_takes_none() -> None:
     """The endpoint is being probed: a key of it that is half-open has to wait for that."""
     a, b = make(0), make(1, closed=BreakerState.PROBING)
-    b.key_breakers["eth"] = breaker(HALF_OPEN)
+    b.scopes["eth"] = scope(HALF_OPEN)
     view = view_of(a, b, key="eth")
     assert b in view.half_open
     assert choose(view, want(key="eth", resendable=True)).endpoint is a
@@ -152,9 +152,9 @@ def test_no_probe_past_a_breaker_that_takes_none() -> None:
 
 def test_a_key_is_probed_on_its_own_breaker() -> None:
     a, b = make(0), make(1)
-    b.key_breakers["eth"] = breaker(HALF_OPEN)
+    b.scopes["eth"] = scope(HALF_OPEN)
     choice = choose(view_of(a, b, key="eth"), want(key="eth", resendable=True))
-    assert choice == Choice(b, "probe", 1, probing=b.key_breakers["eth"])
+    assert choice == Choice(b, "probe", 1, probing=b.scopes["eth"].breaker)
     b.breaker.state = HALF_OPEN
     choice = choose(view_of(a, b, key="eth"), want(key="eth", resendable=True))
     assert choice.probing is b.breaker

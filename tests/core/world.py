@@ -45,7 +45,10 @@ class Member:
     draining: bool = False
     health: str = "up"
     contradicting: int = 0
-    ejected: bool = False
+    ejected: set[str | None] = field(default_factory=set)
+    """For which keys; None is for all."""
+    unwell: set[str] = field(default_factory=set)
+    """Keys whose own probes failed."""
     breakers: dict[str | None, str] = field(default_factory=lambda: defaultdict(lambda: "closed"))
     opens: dict[str | None, int] = field(default_factory=lambda: defaultdict(int))
     closed_at: dict[str | None, float] = field(default_factory=lambda: defaultdict(lambda: -1e9))
@@ -143,6 +146,12 @@ class World:
                     member.health, member.contradicting = verdict, 0
         if self.settings.probed:
             self.engine.record_probe(self.now, url, passed, "probe")
+            self._check()
+
+    def probe_key(self, number: int, key: int, passed: bool) -> None:
+        url, scope = URLS[number % len(URLS)], KEYS[key % len(KEYS)]
+        if scope is not None:
+            self.engine.record_probe(self.now, url, passed, "probe", scope)
             self._check()
 
     def acquire(self, resendable: bool, key: int, pin: int, avoid: int) -> None:
@@ -319,7 +328,8 @@ class World:
         return (
             not member.draining
             and member.health == "up"
-            and not member.ejected
+            and not member.ejected & scopes
+            and not member.unwell & scopes
             and all(member.breakers[scope] == "closed" for scope in scopes)
         )
 
@@ -354,9 +364,9 @@ class World:
             elif isinstance(event, events.Ejected):
                 self._ejection(event)
             elif isinstance(event, events.Returned):
-                self._member(event.endpoint).ejected = False
+                self._member(event.endpoint).ejected.remove(event.key)
             elif isinstance(event, events.HealthChanged):
-                assert self.members[event.endpoint].health == event.after
+                self._health(event)
             elif isinstance(event, events.Picked):
                 self._picked(event, *grants.pop(0))
             elif isinstance(event, events.Released):
@@ -391,7 +401,7 @@ class World:
             again = any(isinstance(e, events.BreakerChanged) and e.endpoint == event.endpoint for e in later)
             state = next((state for state in self.engine.members if state.url == event.endpoint), None)
             if state is not None and not again:
-                breaker = state.breaker if event.key is None else state.key_breakers[event.key]
+                breaker = state.breaker if event.key is None else state.scopes[event.key].breaker
                 full = min(BREAKER.open_max, BREAKER.open_for * 2.0 ** (member.opens[event.key] - 1))
                 seconds = breaker.reopens_at - event.at
                 assert (1 - BREAKER.jitter) * full - 1e-9 <= seconds <= full + 1e-9
@@ -402,15 +412,24 @@ class World:
             assert first is not None, "a probe that nobody carries"
             assert (first.endpoint, first.reason) == (event.endpoint, "probe")
 
+    def _health(self, event: events.HealthChanged) -> None:
+        member = self.members[event.endpoint]
+        if event.key is None:
+            assert member.health == event.after
+        elif event.after == "up":
+            member.unwell.remove(event.key)
+        else:
+            member.unwell.add(event.key)
+
     def _ejection(self, event: events.Ejected) -> None:
         assert not self._stalled, "ejected right after a stall"
         member = self.members[event.endpoint]
-        assert self._fits(member, None)
-        member.ejected = True
-        out = sum(one.ejected for one in self.members.values())
+        assert self._fits(member, event.key)
+        member.ejected.add(event.key)
+        out = sum(bool(one.ejected & {None, event.key}) for one in self.members.values())
         present = sum(not one.draining for one in self.members.values())
         assert out <= max(1, int(OUTLIER.max_ejected * present)), "too many ejected"
-        assert any(self._fits(one, None) for one in self.members.values()), "nobody left"
+        assert any(self._fits(one, event.key) for one in self.members.values()), "nobody left"
         assert OUTLIER.eject_for <= event.seconds <= OUTLIER.eject_max * (1 + OUTLIER.jitter)
 
     def _picked(self, event: events.Picked, lease: Lease, queued: bool) -> None:

@@ -17,7 +17,9 @@ EXPECTED = {
     "fastapi_service.py": "{'service': 'eth', 'height': '0x1'}",
     "openai_sdk.py": "20 of 20 answered",
     "opentelemetry_console.py": "http.request.resend_count=1",
+    "path_gateways.py": "eth: 100 of 100 fine",
     "quickstart.py": "at the end:",
+    "web3_provider.py": "100 of 100 answered: block 1000",
     "wrap_existing_client.py": "mounted: 200 from http://127.0.0.1:",
 }
 
@@ -56,3 +58,15 @@ def test_the_quickstart_gets_all_its_answers() -> None:
     answers = [line for line in lines if line[0].isdigit()]
     assert len(answers) == 10
     assert all(": 200 after" in line.split("  ")[-1] for line in answers)
+
+
+def test_no_service_pays_for_another() -> None:
+    lines = run("path_gateways.py").stdout.splitlines()
+    assert sum("solana: 100 of 100 fine, 100 attempts" in line for line in lines) == 3
+    assert all("is ready" in line for line in lines if line.startswith("  "))
+
+
+def test_web3_gets_all_its_answers_and_the_gateways_own_error() -> None:
+    output = run("web3_provider.py").stdout
+    assert "a batch: [1000, 1000]" in output
+    assert "Service 'no-such-chain' is not configured" in output

@@ -178,7 +178,7 @@ async def test_in_memory(anyio_backend: str, requests: int) -> None:
                 assert [one.url for one in snapshot.endpoints] == urls[:6]
                 assert snapshot.queued == 0
                 assert set(balancer._upstreams) == set(urls[:6])
-                assert not balancer._dropped
+                assert not balancer._ends._dropped
                 assert all(not state.waiting for state in balancer._engine.members)
                 for upstream in made:
                     upstream.calls.clear()
@@ -232,7 +232,7 @@ async def test_on_sockets(stack: Stack) -> None:
                     await until(lambda: open_connections(client) == [])
                     await until(lambda: left_in_pools(client) == 0)
                     assert set(balancer._upstreams) == set(urls)
-                    assert not balancer._dropped
+                    assert not balancer._ends._dropped
                     # No connection is open at a gateway that no pool knows of.
                     await until(lambda: sum(gateway.stats().open_connections for gateway in fleet) <= pooled(client))
                     assert descriptors() <= start + 2 * pooled(client)

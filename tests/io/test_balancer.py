@@ -12,7 +12,7 @@ import pytest
 from io_helpers import LARGE_BODY, Held, Stack, by_url, reply, scripted, until
 
 import pathlb
-from pathlb.core.events import BreakerChanged, EndpointsChanged, GivenUp, Observed, Picked, Released, Retried
+from pathlb.core.events import BreakerChanged, EndpointsChanged, Finished, GivenUp, Observed, Picked, Released, Retried
 from pathlb.core.model import Cause
 from pathlb.exchange import Headers, Reply, Request
 from pathlb.testing import FakeClock, Fleet, Mode, ScriptedUpstream
@@ -209,7 +209,7 @@ class TestEvents:
             unsubscribe()
             await client.get("/")
         kinds = [type(event) for event in told]
-        assert kinds == [Picked, Observed, Retried, Released, Picked, Observed, Released]
+        assert kinds == [Picked, Observed, Retried, Released, Picked, Observed, Finished, Released]
         assert told[0].endpoint != told[4].endpoint
         assert [event.outcome.cause for event in told if isinstance(event, Observed)] == [Cause.INSTANCE, Cause.OK]
         assert [event.at for event in told] == sorted(event.at for event in told)
@@ -224,7 +224,7 @@ class TestEvents:
             balancer.subscribe(lambda event: 1 / 0)
             balancer.subscribe(told.append)
             assert (await client.get("/")).status_code == 200
-        assert len(told) == 4, "and the endpoints leaving at the end"
+        assert len(told) == 5, "and the endpoints leaving at the end"
         record = caplog.records[0]
         assert (record.name, record.levelname) == ("pathlb", "ERROR")
         assert "'Picked'" in record.getMessage()

@@ -12,6 +12,7 @@ from ...balancer import Balancer
 from ...config import BalancerOptions
 from ...core.errors import ConfigError
 from ...core.model import Endpoint
+from ...profile import find_profile
 from ...upstream.default import Upstreams
 from ...upstream.http1 import Pool
 from ..translate import PLACEHOLDER, Translator
@@ -19,7 +20,9 @@ from .lean import LeanClient
 from .transport import BalancedTransport
 
 DEFAULT_TIMEOUT = httpx.Timeout(connect=0.5, read=15.0, write=15.0, pool=None)
-"""Per attempt, in seconds. A relay may take 10; `pool`, the wait in the queue, is left to `Limits.queue_timeout`."""
+"""Per attempt, in seconds, unless a profile says otherwise. `pool`, the wait in the queue, is left to
+`Limits.queue_timeout`.
+"""
 
 
 class AsyncClient(LeanClient):
@@ -50,7 +53,7 @@ class AsyncClient(LeanClient):
         http1: bool = True,
         http2: bool = False,
         proxy: Any = None,
-        pool: Pool = Pool(),
+        pool: Pool | None = None,
         mounts: Mapping[str, httpx.AsyncBaseTransport | None] | None = None,
         timeout: Any = DEFAULT_TIMEOUT,
         follow_redirects: bool = False,
@@ -77,6 +80,7 @@ class AsyncClient(LeanClient):
                 for name in changed:
                     raise ConfigError(name, "has no effect with upstream=, which decides how endpoints are reached")
             else:
+                profile = find_profile(options.get("profile"))
                 options["upstream"] = Upstreams(
                     verify=verify,
                     cert=cert,
@@ -84,13 +88,15 @@ class AsyncClient(LeanClient):
                     http2=http2,
                     proxy=proxy,
                     trust_env=trust_env,
-                    pool=pool,
+                    pool=pool or (profile.pool if profile is not None else Pool()),
                     stack=httpx,
                 )
             self.balancer = Balancer(endpoints, **options)
         origin = _base_url(base_url or f"{self.balancer.scheme}://{PLACEHOLDER}")
         balanced = BalancedTransport(self.balancer)
         balanced._translator = Translator(self.balancer, host=host, origin=(origin.scheme, origin.netloc))
+        if timeout is DEFAULT_TIMEOUT:
+            timeout = httpx.Timeout(**self.balancer.timeouts._asdict())
         super().__init__(
             auth=auth,
             params=params,
@@ -137,7 +143,7 @@ _CONNECTION_DEFAULTS = {
     "http2": False,
     "proxy": None,
     "trust_env": True,
-    "pool": Pool(),
+    "pool": None,
 }
 
 

@@ -23,6 +23,10 @@ class DeadlineExceeded(errors.DeadlineExceeded, httpx2.TimeoutException):
     """See `pathlb.DeadlineExceeded`."""
 
 
+class RequestTooLarge(errors.RequestTooLarge, httpx2.LocalProtocolError):
+    """See `pathlb.RequestTooLarge`."""
+
+
 class UsageError(errors.UsageError, httpx2.UnsupportedProtocol):
     """See `pathlb.UsageError`."""
 
@@ -84,6 +88,7 @@ _SAME_NAME: dict[type[errors.PathlbError], type[errors.PathlbError]] = {
     errors.QueueFull: QueueFull,
     errors.QueueTimeout: QueueTimeout,
     errors.DeadlineExceeded: DeadlineExceeded,
+    errors.RequestTooLarge: RequestTooLarge,
     errors.UsageError: UsageError,
 }
 _BY_FAULT: dict[errors.Fault, type[errors.UpstreamError]] = {

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from .model import Mode, ReceivedRequest, ServiceTime, Settings, Stats
+from .model import Mode, ReceivedRequest, ServiceMode, ServiceTime, Settings, Stats
 from .server import DEFAULT_BODY, RECORD_LIMIT, Gateway
 
-__all__ = ["DEFAULT_BODY", "RECORD_LIMIT", "Gateway", "Mode", "ReceivedRequest", "ServiceTime", "Settings", "Stats"]
+__all__ = [
+    "DEFAULT_BODY",
+    "RECORD_LIMIT",
+    "Gateway",
+    "Mode",
+    "ReceivedRequest",
+    "ServiceMode",
+    "ServiceTime",
+    "Settings",
+    "Stats",
+]

@@ -10,7 +10,8 @@ import json
 from collections import Counter
 from typing import Any
 
-from .model import Mode, ReceivedRequest, ServiceTime, Settings, Stats
+from .model import Mode, PathSettings, ReceivedRequest, ServiceMode, ServiceTime, Settings, Stats
+from .path import PathGateway
 from .server import Gateway
 
 Command = dict[str, Any]
@@ -37,6 +38,18 @@ async def execute(gateway: Gateway, command: Command) -> Any:
         return _encode_stats(gateway.stats())
     if do == "received":
         return [_encode_request(request) for request in gateway.received()]
+    if not isinstance(gateway, PathGateway):
+        raise ValueError(f"{do} needs a fleet with PATH's services; give it path=[...]")
+    if do == "set_service":
+        gateway.set_service(
+            command["service"], ServiceMode(command["mode"]), share=command["share"], factor=command["factor"]
+        )
+        return None
+    if do == "set_height":
+        gateway.set_height(command["height"])
+        return None
+    if do == "transactions":
+        return gateway.transactions()
     raise ValueError(f"no such command: {do!r}")
 
 
@@ -47,7 +60,10 @@ def encode_settings(settings: Settings) -> str:
 def decode_settings(text: str) -> Settings:
     fields = json.loads(text)
     fields["service_time"] = ServiceTime(**fields["service_time"])
-    return Settings(**fields)
+    if "services" not in fields:
+        return Settings(**fields)
+    fields["services"] = tuple(fields["services"])
+    return PathSettings(**fields)
 
 
 def _encode_stats(stats: Stats) -> dict[str, Any]:

@@ -18,10 +18,19 @@ _NO_LINGER = struct.pack("ii", 1, 0)
 class Exchange:
     """One request at the gateway, from its last byte to its reply."""
 
-    __slots__ = ("connection", "health", "keep_alive", "without_body")
+    __slots__ = ("connection", "health", "keep_alive", "request", "without_body")
 
-    def __init__(self, connection: Connection, health: bool, without_body: bool, keep_alive: bool) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        request: ReceivedRequest | None,
+        health: bool,
+        without_body: bool,
+        keep_alive: bool,
+    ) -> None:
         self.connection = connection
+        self.request = request
+        """None unless the gateway wants requests whole."""
         self.health = health
         self.without_body = without_body
         """The reply must not carry its body: it answers a HEAD."""
@@ -31,13 +40,14 @@ class Exchange:
 class Owner(Protocol):
     """What a connection tells the gateway it belongs to."""
 
-    recording: bool
+    wants_requests: bool
+    """Requests are kept whole, headers and body."""
 
     def opened(self, connection: Connection) -> None: ...
 
     def head_read(self, connection: Connection, target: bytes, request_ids: list[bytes]) -> None: ...
 
-    def recorded(self, request: ReceivedRequest) -> None: ...
+    def received_whole(self, request: ReceivedRequest) -> None: ...
 
     def arrived(self, exchange: Exchange) -> None:
         """The request is complete and the one its connection is to answer next."""
@@ -106,7 +116,7 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if len(name) == 12 and name.lower() == b"x-request-id":
             self._request_ids.append(value)
-        if self._owner.recording:
+        if self._owner.wants_requests:
             self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
@@ -114,19 +124,19 @@ class Connection(asyncio.Protocol):
         self._owner.head_read(self, self._target, self._request_ids)
 
     def on_body(self, body: bytes) -> None:
-        if self._owner.recording:
+        if self._owner.wants_requests:
             self._body.append(body)
 
     def on_message_complete(self) -> None:
         if self.gone:
             return
         method = self._parser.get_method()
-        if self._owner.recording:
-            self._owner.recorded(
-                ReceivedRequest(method.decode("ascii"), self._target, self._headers, b"".join(self._body))
-            )
+        request: ReceivedRequest | None = None
+        if self._owner.wants_requests:
+            request = ReceivedRequest(method.decode("ascii"), self._target, self._headers, b"".join(self._body))
+            self._owner.received_whole(request)
         health = method == b"GET" and self._target.partition(b"?")[0] == b"/health"
-        exchange = Exchange(self, health, method == b"HEAD", self._parser.should_keep_alive())
+        exchange = Exchange(self, request, health, method == b"HEAD", self._parser.should_keep_alive())
         if self.active is not None:
             self._pipelined.append(exchange)
         else:

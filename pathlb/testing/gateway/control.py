@@ -15,8 +15,10 @@ from typing import Any, Protocol, TypeVar
 
 from pathlb.errors import UsageError
 
+from .chain import Answer
 from .commands import Command, encode_settings, execute
-from .model import Settings
+from .model import PathSettings, Settings
+from .path import PathGateway
 from .server import Gateway
 
 T = TypeVar("T")
@@ -73,9 +75,9 @@ class Control(Protocol):
 class LocalControl:
     """A gateway on a loop of this process."""
 
-    def __init__(self, thread: LoopThread, settings: Settings) -> None:
+    def __init__(self, thread: LoopThread, settings: Settings, answer: Answer | None = None) -> None:
         self._thread = thread
-        self._gateway = Gateway(settings)
+        self._gateway = PathGateway(settings, answer) if isinstance(settings, PathSettings) else Gateway(settings)
         self._lock = threading.Lock()
 
     def call(self, command: Command) -> Any:

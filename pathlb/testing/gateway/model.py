@@ -20,13 +20,47 @@ class Mode(enum.Enum):
     FAIL = "fail"
     """Replies `status` at once."""
     HANG = "hang"
-    """Accepts and reads, never answers, not even what was in flight. Leaving the mode closes those connections."""
+    """Accepts and reads, never answers, not even what was in flight. Leaving the mode closes those connections.
+
+    With PATH's services the request is relayed all the same: see RESET.
+    """
     RESET = "reset"
-    """Resets the connection once the request has been read; connections with requests in flight at once."""
+    """Resets the connection once the request has been read; connections with requests in flight at once.
+
+    With PATH's services the request is relayed first. The caller cannot tell a reset before the relay from one after
+    it, and only after it is a second attempt at a write a second write.
+    """
     REFUSE = "refuse"
     """Refuses connections and resets the ones it has. Its port stays its own and is listened on again afterwards."""
     THROTTLE = "throttle"
     """Replies 429 with `Retry-After: <retry_after>` at once; `/health` is a 200, the gateway itself being fine."""
+
+
+class ServiceMode(enum.Enum):
+    """How one service of a gateway that behaves like PATH fares. A supplier's failures are retried once by the gateway.
+
+    OK, NO_SESSION, NOT_CONFIGURED, CHAIN_ERROR, SLOW and HANG befall requests; SUPPLIERS_FAIL, RATE_LIMITED and EMPTY
+    befall relays, so that a `share` below 1 leaves some to the retry.
+    """
+
+    OK = "ok"
+    """Relayed and answered by the chain."""
+    NO_SESSION = "no_session"
+    """500 with JSON-RPC error -31001 and an empty `X-Suppliers-Tried`: nothing was relayed. Not ready."""
+    NOT_CONFIGURED = "not_configured"
+    """400 `Service 'x' is not configured`. Not ready, and no longer part of plain `/ready`."""
+    SUPPLIERS_FAIL = "suppliers_fail"
+    """500 with JSON-RPC error -31001 and the suppliers listed. They reached the chain, and their answers were lost."""
+    RATE_LIMITED = "rate_limited"
+    """A supplier's 429, passed through. It did not reach the chain."""
+    EMPTY = "empty"
+    """200 with an empty body, as Solana's and Cosmos' services show a lost answer; the chain was reached."""
+    CHAIN_ERROR = "chain_error"
+    """200 with a JSON-RPC error: the chain refuses the call."""
+    SLOW = "slow"
+    """As OK, with service times multiplied by `factor`."""
+    HANG = "hang"
+    """Relayed and never answered, not even once the mode is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +120,8 @@ class Stats:
     """Connections accepted."""
     seen: Counter[bytes] = field(default_factory=Counter)
     """How often each value of the `X-Request-Id` header arrived."""
+    relays: int = 0
+    """Relays sent to suppliers, the gateway's own retries included; 0 without PATH's services."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +160,22 @@ class Settings:
             raise ValueError(f"workers must be 1 or more, or None for no limit, not {self.workers!r}")
         if self.queue is not None and self.queue < 0:
             raise ValueError(f"queue must be 0 or more, or None for no limit, not {self.queue!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class PathSettings(Settings):
+    """What a gateway that behaves like PATH is built with, beside the rest.
+
+    `services`: the ids of those it is configured for. `suppliers`: how many serve each of them (default 5, at least 2:
+    a retry goes to another one).
+    """
+
+    services: tuple[str, ...] = ()
+    suppliers: int = 5
+
+    def __post_init__(self) -> None:
+        Settings.__post_init__(self)
+        if not self.services or not all(each and each.isascii() and each.isprintable() for each in self.services):
+            raise ValueError(f"services must be ids of printable ASCII, at least one, not {self.services!r}")
+        if self.suppliers < 2:
+            raise ValueError(f"suppliers must be 2 or more, not {self.suppliers!r}")

@@ -19,6 +19,10 @@ RECORD_LIMIT = 10_000
 _BACKLOG = 4096
 
 
+def reason_phrase(status: int) -> str:
+    return http.HTTPStatus(status).phrase if status in http.HTTPStatus._value2member_map_ else "Emulated"
+
+
 class Gateway:
     """One HTTP/1.1 server on a real socket, to be used on one asyncio event loop (`Fleet` works from anywhere).
 
@@ -29,7 +33,7 @@ class Gateway:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings = settings or Settings()
-        self.recording = settings.record
+        self.wants_requests = settings.record
         self.port = settings.port
         """The port listened on, once started; 0 for a unix socket."""
         self._rng = random.Random(settings.seed)
@@ -197,8 +201,9 @@ class Gateway:
         self._in_flight += 1
         self._max_in_flight = max(self._max_in_flight, self._in_flight)
 
-    def recorded(self, request: ReceivedRequest) -> None:
-        self._received.append(request)
+    def received_whole(self, request: ReceivedRequest) -> None:
+        if self.settings.record:
+            self._received.append(request)
 
     def malformed(self, connection: Connection) -> None:
         if connection.gone:
@@ -245,13 +250,17 @@ class Gateway:
             self._serving[exchange] = asyncio.get_running_loop().call_later(seconds, self._served, exchange)
 
     def _served(self, exchange: Exchange) -> None:
+        if self._freed_worker(exchange):
+            self._answer(exchange, 200)
+
+    def _freed_worker(self, exchange: Exchange) -> bool:
+        """The time of the request is over. Says whether anybody is left to be answered."""
         del self._serving[exchange]
         # Before the answer: it may bring the connection's next request, which must not jump the queue.
         while self._waiting and self._has_worker():
             self._serve(self._waiting.popleft())
         # A connection that is gone has had its request taken out of the count already.
-        if exchange is exchange.connection.active and not exchange.connection.gone:
-            self._answer(exchange, 200)
+        return exchange is exchange.connection.active and not exchange.connection.gone
 
     def _forget_all(self) -> None:
         """Everything in flight stays unanswered."""
@@ -261,18 +270,21 @@ class Gateway:
         self._waiting.clear()
 
     def _answer(self, exchange: Exchange, status: int) -> None:
-        connection = exchange.connection
-        connection.unanswered -= 1
-        self._in_flight -= 1
-        self._by_status[status] += 1
         key = (status, exchange.health, exchange.without_body, exchange.keep_alive)
         data = self._rendered.get(key)
         if data is None:
             data = self._rendered[key] = self._render(*key)
-        connection.reply(data, exchange.keep_alive)
+        self._send(exchange, status, data, exchange.keep_alive)
+
+    def _send(self, exchange: Exchange, status: int, data: bytes, keep_alive: bool) -> None:
+        connection = exchange.connection
+        connection.unanswered -= 1
+        self._in_flight -= 1
+        self._by_status[status] += 1
+        connection.reply(data, keep_alive)
 
     def _render(self, status: int, health: bool, without_body: bool, keep_alive: bool) -> bytes:
-        phrase = http.HTTPStatus(status).phrase if status in http.HTTPStatus._value2member_map_ else "Emulated"
+        phrase = reason_phrase(status)
         if health:
             body = b""
         elif status == 200:
