@@ -20,7 +20,7 @@ from .upstream.base import Upstream
 logger = logging.getLogger("pathlb")
 
 _NOT_READY = 503
-_READ = 262_144  # bytes of an answer that may be looked into: PATH's detailed readiness lists every supplier
+_READ = 4 * 2**20  # bytes of an answer that may be looked into: PATH's detailed readiness lists every supplier
 
 
 class _Answer(NamedTuple):

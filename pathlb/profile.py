@@ -58,7 +58,7 @@ class PATHProfile:
         if isinstance(services, str) or not isinstance(services, Collection):
             raise ConfigError("PATHProfile.services", f"must be a list of service ids, not {services!r}")
         for service in services:
-            if not isinstance(service, str) or not service or not _NAME.issuperset(service):
+            if not isinstance(service, str) or not service.strip(".") or not _NAME.issuperset(service):
                 raise ConfigError("PATHProfile.services", f"{service!r} is not a service id")
         if isinstance(services, Mapping):
             for service, rpc_type in services.items():

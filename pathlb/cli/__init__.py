@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": "five emulated gateways, steady traffic, one killed, one slowed, both brought back",
     "check": "probe instances and say what is wrong with each",
     "serve": "put the instances behind one address, in place of nginx or Traefik",
+    "convert": "turn a configuration of nginx or Traefik into one of `pathlb serve`",
 }
 """Name of each command, and of its module here, with what `--help` says about it."""
 

@@ -30,7 +30,7 @@ def _lines(ledger: Ledger, instances: Sequence[str], rate: float, unfinished: in
     services = sorted(totals)
     for service in services:
         if totals[service].hopeless:
-            yield f"{totals[service].hopeless} were lost while nobody could serve {service}"
+            yield f"lost while nobody could serve {service}: {totals[service].hopeless}"
     if unfinished:
         yield f"{unfinished} more were in flight at the end and are not counted"
     yield ""

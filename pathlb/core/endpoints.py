@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 
 from .errors import ConfigError
 from .health import HealthState
-from .load import LatencyEstimate
+from .load import LatencyEstimate, ReportedLoad
 from .model import Endpoint
 from .scope import Scope
+
+_REPORT_EVERY = 0.01  # seconds; to look at every reply would cost more, and tell a policy no more
 
 
 class Admin(enum.Enum):
@@ -54,6 +56,8 @@ class EndpointState(Scope):
         "latency",
         "overload_streak",
         "ramp_from",
+        "report_due",
+        "reported_load",
         "scopes",
         "throttled_until",
         "url",
@@ -76,7 +80,17 @@ class EndpointState(Scope):
         self.ramp_from: float | None = None
         """When its slow start began; None at full weight."""
         self.last_failed = -math.inf
+        self.reported_load: ReportedLoad | None = None
+        """What it said last of its own load."""
+        self.report_due = -math.inf
+        """When a reply is to be looked at for that again."""
         self.counts = Counts()
+
+    def take_report(self, now: float, load: ReportedLoad | None) -> None:
+        """A reply was looked at; `load` is what it told, if anything."""
+        self.report_due = now + _REPORT_EVERY
+        if load is not None:
+            self.reported_load = load
 
     def __repr__(self) -> str:
         return f"<EndpointState {self.url} {self.admin.value} in_flight={self.in_flight}>"

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from . import events
 from .admission import Waiter, WaitQueue
-from .budget import RetryBudget
+from .budget import RetryBudgets
 from .cluster import Cluster, Settings
 from .eligibility import View, standing
 from .endpoints import Admin, EndpointState, SetChange
@@ -61,7 +61,7 @@ class Engine:
         self._cluster = Cluster(settings, rng, self._outbox)
         self._picker = Picker(policy, rng, settings.limits.concurrency, fail_closed=settings.panic.fail_closed)
         self._queue: WaitQueue[Grant] = WaitQueue(settings.limits.queue)
-        self._budget = RetryBudget(settings.retry)
+        self._budgets = RetryBudgets(settings.retry)
         self._stall = StallMeter(TICK, _STALL_TOLERANCE)
         self._forgiven = 0.0
         """Seconds of stall the probes under way have been given back."""
@@ -111,7 +111,7 @@ class Engine:
             self._advance(now)
             self._settle(now)
         if not want.tried:
-            self._budget.deposit(now)
+            self._budgets.of(now, want.key).deposit(now)
         if self._queue.depth:
             self._pump(now)  # nothing is free for those who wait, unless time alone allowed a probe
         grant = self._pick(now, want)
@@ -214,7 +214,7 @@ class Engine:
             remaining=deadline - now,
             fastest=self._cluster.fastest,
         )
-        withdraw = partial(self._budget.withdraw, now)
+        withdraw = partial(self._budgets.of(now, want.key).withdraw, now)
         decision = decide(outcome, situation, self._settings.retry, withdraw, self._rng, strategy)
         if isinstance(decision, Again):
             want.once_spent |= outcome.once
@@ -280,7 +280,7 @@ class Engine:
             in_flight=sum(one.in_flight for one in described),
             queued=self._queue.depth,
             panic=self._cluster.view(None).panic,
-            retry_budget=self._budget.balance(now),
+            retry_budget=self._budgets.balance(now),
         )
 
     def subscribe(self, listener: events.Listener) -> Callable[[], None]:
@@ -406,8 +406,8 @@ class Engine:
             pool, panic = self._picker.eligible(view, want)
             if panic or all(other is state or other in want.tried for other in pool):
                 continue
-            if not self._budget.withdraw(now):
-                break
+            if not self._budgets.of(now, want.key).withdraw(now):
+                continue  # another service may have some left
             give_up, lease.give_up, lease.given_up = lease.give_up, None, True
             give_up()
             abandoned += 1

@@ -1,9 +1,10 @@
-"""What is known of an endpoint's load: its latency estimate and its recent outcomes."""
+"""What is known of an endpoint's load: its latency estimate, its recent outcomes, and what it says itself."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -28,6 +29,20 @@ class LatencyEstimate:
         else:
             self.seconds += (seconds - self.seconds) * -math.expm1((self._updated - now) / self._tau)
         self._updated = now
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedLoad:
+    """What an endpoint says of its own load; None where it does not say."""
+
+    at: float
+    """Clock reading at which it came."""
+    utilization: float | None = None
+    """Of what it can do, as a fraction; above 1 is more than it wants."""
+    in_flight: int | None = None
+    """Requests it is working on, whoever they came from."""
+    rps: float | None = None
+    """Requests it answers a second."""
 
 
 class Sample(NamedTuple):

@@ -20,7 +20,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from .config import Outlier
 from .lease import Lease
@@ -47,13 +47,10 @@ class Norm(NamedTuple):
         return self.usual < math.inf
 
 
-class Latency(NamedTuple):
-    """One latency as a logarithm: of seconds, or of multiples of what is usual, which `norm` is the logarithm of."""
-
-    at: float
-    key: str | None
-    value: float
-    norm: float
+Latency: TypeAlias = tuple[float, str | None, float, float]
+"""One latency: when, of which service, and how long, as a logarithm: of seconds, or of multiples of what is usual, the
+logarithm of which comes last.
+"""
 
 
 class Wait(NamedTuple):
@@ -142,7 +139,7 @@ def gather(scope: Scope, now: float, config: Outlier, without: Collection[str | 
 
 def norm_of(samples: Iterable[Sample]) -> Norm:
     """What is usual by these samples, if they are enough to tell."""
-    known = sorted(sample.seconds for sample in samples if sample.seconds is not None)
+    known = sorted([sample.seconds for sample in samples if sample.seconds is not None])
     if len(known) < _USUAL_SAMPLES:
         return _UNKNOWN
     usual, bulk = (known[int(share * len(known))] + _LEAST_SECONDS for share in (0.5, _BULK))
@@ -194,8 +191,8 @@ class Comparison:
         self._norms: Mapping[str | None, Norm] = norms or {}
         self._doubt = 2 * math.log(chances)
         """On top of the square of a sigma: what luck exceeds is then about as much less likely as it has chances."""
-        every = (sample for one in evidence for sample in one.samples)
-        self.rest = norm_of(sample for sample in every if sample.key not in self._norms) if norms else norm_of(every)
+        every = [sample for one in evidence for sample in one.samples]
+        self.rest = norm_of([sample for sample in every if sample.key not in self._norms] if norms else every)
         latest = sorted(one.scope.recent.last_answered for one in evidence)[-2:]
         for one in evidence:
             one.overtaken = latest[-1] if one.scope.recent.last_answered < latest[-1] else latest[0]
@@ -224,7 +221,7 @@ class Comparison:
         if verdict.signal == "failures":
             weighed = [(sample.key, 1.0) for sample in one.samples if sample.failed]
         else:
-            weighed = [(latency.key, latency.value) for latency in self._long_waits(one) + self._latencies(one)]
+            weighed = [(key, value) for _, key, value, _ in self._long_waits(one) + self._latencies(one)]
         for key, weight in weighed:
             weights[key] = weights.get(key, 0.0) + weight
         return {max(weights, key=weights.__getitem__)}
@@ -345,14 +342,17 @@ class Comparison:
 
     def _summarise(self, one: Evidence) -> list[Summary]:
         """One summary for each of the spans."""
-        waits, replies = self._long_waits(one), self._latencies(one)
-        size, index = len(waits), len(replies)
-        total = sum(wait.value for wait in waits)
-        squares = sum(wait.value**2 for wait in waits)
-        norms = sum(wait.norm for wait in waits)
+        replies = self._latencies(one)
+        size, total, squares, norms, index = 0, 0.0, 0.0, 0.0, len(replies)
+        for _, _, value, norm in self._long_waits(one):
+            size += 1
+            total += value
+            squares += value * value
+            norms += norm
         summaries: list[Summary] = []
         for span in _SPANS:
-            while index and replies[index - 1].at >= self._now - span:
+            start = self._now - span
+            while index and replies[index - 1][0] >= start:
                 index -= 1
                 _, _, value, norm = replies[index]
                 size += 1
@@ -364,17 +364,22 @@ class Comparison:
         return summaries
 
     def _latencies(self, one: Evidence) -> list[Latency]:
-        """Of the replies, oldest first."""
+        """Of the replies in the longest span, oldest first."""
+        start = self._now - _SPANS[-1]
+        replies = [(at, s, key) for at, _, s, key in one.samples if at >= start and s is not None]
+        if not self._apart:
+            return [(at, key, math.log(seconds + _LEAST_SECONDS), 0.0) for at, seconds, key in replies]
+        norms = {key: self._measure(key) for key in {key for _, _, key in replies}}
         return [
-            Latency(at, key, math.log(seconds + _LEAST_SECONDS) - norm, norm)
-            for at, _, seconds, key in one.samples
-            if seconds is not None and (norm := self._measure(key)) < math.inf
+            (at, key, math.log(seconds + _LEAST_SECONDS) - norm, norm)
+            for at, seconds, key in replies
+            if (norm := norms[key]) < math.inf
         ]
 
     def _long_waits(self, one: Evidence) -> list[Latency]:
         """Of the attempts that have waited longer than usual, and were overtaken."""
         return [
-            Latency(self._now, lease.key, math.log(wait) - norm, norm)
+            (self._now, lease.key, math.log(wait) - norm, norm)
             for lease in one.waiting
             if lease.began < one.overtaken
             and (wait := self._now - lease.began) > self._norm(lease.key).usual

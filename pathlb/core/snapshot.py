@@ -23,6 +23,16 @@ class BreakerSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadSnapshot:
+    """What an endpoint said of its own load, `age` seconds ago; None where it did not say."""
+
+    utilization: float | None
+    in_flight: int | None
+    rps: float | None
+    age: float
+
+
+@dataclass(frozen=True, slots=True)
 class EndpointSnapshot:
     """One endpoint. Times in seconds."""
 
@@ -50,6 +60,8 @@ class EndpointSnapshot:
     metadata: Mapping[str, Any]
     upstream: str = ""
     """What moves the bytes: `httpx`, `httpx2`, ..."""
+    reported_load: LoadSnapshot | None = None
+    """What it says of its own load (the `endpoint-load-metrics` field); None when it does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +84,7 @@ class Snapshot:
 
 def describe(state: EndpointState, now: float) -> EndpointSnapshot:
     """The snapshot of one endpoint."""
-    until = state.ejection.until
+    until, told = state.ejection.until, state.reported_load
     return EndpointSnapshot(
         url=state.url,
         state=standing(state).value,
@@ -91,6 +103,7 @@ def describe(state: EndpointState, now: float) -> EndpointSnapshot:
         ejected_for=None if until is None else max(0.0, until - now),
         counts=dataclasses.asdict(state.counts),
         metadata=dict(state.endpoint.metadata),
+        reported_load=None if told is None else LoadSnapshot(told.utilization, told.in_flight, told.rps, now - told.at),
     )
 
 

@@ -16,7 +16,7 @@ import httpx
 from ..core.errors import ConfigError
 from ..core.model import Endpoint, Sent
 from ..errors import Fault, UpstreamError
-from ..exchange import Headers, OneShotBody, Reply, Request
+from ..exchange import Headers, OneShotBody, Reply, Request, WholeBody
 from .oserrors import causes_of, is_local, reason_of
 
 _FAULTS = {fault.value: fault for fault in Fault}
@@ -53,7 +53,11 @@ class TransportUpstream:
         if endpoint.server_hostname is not None:
             extensions.setdefault("sni_hostname", endpoint.server_hostname)
         body = request.body
-        stream = self._stream_class(body) if isinstance(body, OneShotBody) else stack.ByteStream(body)
+        if isinstance(body, bytes) and not self._stock:
+            stream = stack.ByteStream(body)
+        else:
+            # httpx's own stream of bytes is an async generator, and trio complains of one that a cancellation ends.
+            stream = self._stream_class(WholeBody(body) if isinstance(body, bytes) else body)
         watch = _Watch(extensions.get("trace"))
         if self._stock:
             extensions["trace"] = watch
@@ -215,16 +219,16 @@ def _overfull(stream: Any) -> Any:
 
 
 def _stream_class(stack: ModuleType) -> type[Any]:
-    """A one-shot request body as the stack's `AsyncByteStream`, which its transports insist on."""
+    """A request body as the stack's `AsyncByteStream`, which its transports insist on."""
 
-    class OneShotStream(stack.AsyncByteStream):  # type: ignore[name-defined,misc]
-        def __init__(self, body: OneShotBody) -> None:
+    class BodyStream(stack.AsyncByteStream):  # type: ignore[name-defined,misc]
+        def __init__(self, body: OneShotBody | WholeBody) -> None:
             self._body = body
 
         def __aiter__(self) -> AsyncIterator[bytes]:
             return aiter(self._body)
 
-    return OneShotStream
+    return BodyStream
 
 
 def as_upstream(made: Any, endpoint: Endpoint) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import pathlb
-from pathlb.cli import check, main
+from pathlb.cli import COMMANDS, check, main
 from pathlb.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "pathlb: give a command: demo, check (see pathlb --help)"),
+        ([], f"pathlb: give a command: {', '.join(COMMANDS)} (see pathlb --help)"),
         (["fly"], "pathlb: argument COMMAND: invalid choice: 'fly'"),
         (["check"], "pathlb check: the following arguments are required: URL (see pathlb check --help)"),
         (["check", "--timeout", "soon", "http://a"], "argument --timeout: invalid number value: 'soon'"),

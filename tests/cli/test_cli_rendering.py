@@ -217,7 +217,7 @@ def test_the_report_of_several_services_has_a_line_for_an_outage_and_a_table() -
     several = ledger()
     several.lost("poly", "poly: status 500", 2, hopeless=True)
     lines = closing_report(several, [":3069"], rate=10, unfinished=0).splitlines()
-    assert lines[:2] == ["103 requests in 10.2 s: 2 lost, 3 retried", "1 were lost while nobody could serve poly"]
+    assert lines[:2] == ["103 requests in 10.2 s: 2 lost, 3 retried", "lost while nobody could serve poly: 1"]
     start = lines.index("lost and retried per service")
     assert lines[start + 1 : start + 5] == [
         "phase         eth requests  eth lost  eth retried  poly requests  poly lost  poly retried",

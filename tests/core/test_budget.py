@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pathlb.core.budget import RetryBudget
+from pathlb.core.budget import RetryBudget, RetryBudgets
 from pathlb.core.config import Retry
 
 
@@ -79,3 +79,25 @@ def test_within_zero_and_cap(ratio: float, reserve: float, steps: list[tuple[flo
         assert 0 <= one.balance(now) <= reserve * 10 + ratio * deposits + 1e-9
     periods = 1 + now / 9.0
     assert granted <= (reserve * 10) * (periods + 1) + ratio * deposits * 2 + 1
+
+
+def test_a_service_spends_its_own_retries_only() -> None:
+    budgets = RetryBudgets(Retry(budget_ratio=0.0, budget_reserve=1.0, budget_ttl=10.0))
+    spent = budgets.of(0.0, "eth")
+    while spent.withdraw(0.0):
+        pass
+    assert not budgets.of(0.0, "eth").withdraw(0.0)
+    assert budgets.of(0.0, "solana").withdraw(0.0)
+    assert budgets.of(0.0, None).withdraw(0.0)
+    assert budgets.balance(0.0) == 9 + 9
+
+
+def test_made_up_keys_share_one_budget() -> None:
+    budgets = RetryBudgets(Retry(budget_ttl=10.0))
+    first = [budgets.of(0.0, f"key-{number}") for number in range(RetryBudgets.KEPT)]
+    assert len(set(map(id, first))) == RetryBudgets.KEPT
+    assert budgets.of(1.0, "one more") is budgets.of(1.0, "another") is budgets.of(1.0, None)
+    assert budgets.of(9.0, "key-7") is first[7]
+    assert budgets.of(10.5, "later") is not budgets.of(10.5, None), "those not used for a while make room"
+    assert budgets.of(10.5, "key-7") is first[7]
+    assert budgets.of(10.5, "key-3") is not first[3]

@@ -16,10 +16,19 @@ from pathlb.core.retry import FINAL, Again, Decision, Final, Situation, decide
 
 from .helpers import BROKEN, CANCELLED, OK, REFUSED, ScriptedRng
 
+
+def yes() -> bool:
+    return True
+
+
+def no() -> bool:
+    return False
+
+
 FIRST = Situation(
     attempts=1,
     unsent=0,
-    resendable=True,
+    resendable=yes,
     hopeless=False,
     once_spent=False,
     replayable=True,
@@ -81,12 +90,12 @@ def test_a_cancelled_request_is_over_whatever_anybody_wants() -> None:
 
 
 def test_unsafe_to_send_twice() -> None:
-    decision, charged = run(situation=replace(FIRST, resendable=False))
+    decision, charged = run(situation=replace(FIRST, resendable=no))
     assert (decision, charged) == (Final("not safe to send twice"), 0)
 
 
 def test_provably_unsent_is_safe_and_free() -> None:
-    assert run(REFUSED, replace(FIRST, resendable=False, attempts=1, unsent=1), funds=False) == (Again(0.0), 0)
+    assert run(REFUSED, replace(FIRST, resendable=no, attempts=1, unsent=1), funds=False) == (Again(0.0), 0)
 
 
 def test_a_stream_cannot_be_sent_again() -> None:
@@ -179,7 +188,7 @@ SITUATIONS = st.integers(1, 12).flatmap(
         Situation,
         attempts=st.just(attempts),
         unsent=st.integers(0, attempts),
-        resendable=st.booleans(),
+        resendable=st.sampled_from([yes, no]),
         replayable=st.booleans(),
         paid=st.booleans(),
         eligible=st.booleans(),
@@ -215,7 +224,7 @@ def test_what_no_strategy_can_change(
     if isinstance(decision, Again):
         assert situation.replayable
         assert situation.eligible
-        assert situation.resendable or not maybe_sent
+        assert situation.resendable() or not maybe_sent
         assert outcome.cause is not Cause.CANCELLED
         assert 0 <= decision.wait < situation.remaining
         assert decision.wait + situation.fastest < situation.remaining

@@ -489,6 +489,7 @@ class World:
             choice = self._choice(waiter.want)
             assert choice, "waits for nobody"
             assert all(self.members[url].in_flight >= limit for url in choice), "a lost wake-up"
-        budget = self.engine._budget.balance(self.now)
+        budget = self.engine._budgets.balance(self.now)
         retry = self.settings.retry
-        assert 0 <= budget <= retry.budget_reserve * retry.budget_ttl + retry.budget_ratio * self.deposits + 1e-9
+        reserves = retry.budget_reserve * retry.budget_ttl * len(set(KEYS))
+        assert 0 <= budget <= reserves + retry.budget_ratio * self.deposits + 1e-9

@@ -16,7 +16,7 @@ import pytest
 from faultkit import Stack, at_rest, nothing_left, open_connections, until
 
 import pathlb
-from pathlb import Breaker, Outlier, PATHProfile, SlowStart, TransportUpstreams
+from pathlb import Breaker, Outlier, PATHProfile, Retry, SlowStart, TransportUpstreams
 from pathlb.core.model import Sent
 from pathlb.testing import Fleet, FleetGateway, Mode, ServiceMode, ServiceTime
 
@@ -37,12 +37,9 @@ OUTAGES = 20
 _transactions = itertools.count()
 
 _INSTANCE: list[dict[str, Any]] = [
-    {"mode": Mode.RESET},
-    {"mode": Mode.HANG},
-    {"mode": Mode.REFUSE},
+    *[{"mode": mode} for mode in (Mode.RESET, Mode.HANG, Mode.REFUSE) for _ in range(2)],
     {"mode": Mode.FAIL, "status": 500},
     {"mode": Mode.FAIL, "status": 502},
-    {"mode": Mode.FAIL, "status": 503},
     {"mode": Mode.SLOW, "factor": 20.0},
     {"mode": Mode.THROTTLE, "retry_after": "0.01"},
 ]
@@ -137,8 +134,7 @@ class Writes:
         answered = False
         try:
             response = await client.post("/v1", json=[read, write] if batch else write)
-        except stack.lib.HTTPError as exc:
-            assert isinstance(exc, pathlb.PathlbError)
+        except pathlb.PathlbError as exc:
             end = next(cls.__name__ for cls in type(exc).__mro__ if cls.__module__ == stack.lib.__name__)
             attempts = exc.attempts
         else:
@@ -178,7 +174,7 @@ async def run(
     """Send so many transactions, with a turn of havoc before each `every`-th of them."""
     havoc, writes = Havoc(fleet, random.Random(1)), Writes()
     numbers = iter(range(requests))
-    turns, due = anyio.create_memory_object_stream[None](requests)
+    turns, due = anyio.create_memory_object_stream[None]()  # a turn has to be taken before the next is due
 
     async def wreak() -> None:
         async for _ in due:
@@ -187,7 +183,7 @@ async def run(
     async def worker() -> None:
         for number in numbers:
             if number % every == 0:
-                turns.send_nowait(None)
+                await turns.send(None)
             await writes.send(stack, client)
 
     async with nothing_left():
@@ -214,7 +210,8 @@ def check(fleet: Fleet, writes: Writes, havoc: Havoc, requests: int) -> str:
     figures = "\n".join(
         [
             f"{requests:,} transactions: {len(writes.answered):,} answered, {len(writes.failed):,} failed "
-            f"({len(lost):,} of these reached the chain), {writes.resent:,} sent elsewhere, {len(duplicated)} duplicated",
+            f"({len(lost):,} of these reached the chain), {writes.resent:,} sent elsewhere, "
+            f"{len(duplicated)} duplicated",
             "ends:   " + ", ".join(f"{end} {count:,}" for end, count in writes.ends.most_common()),
             "faults: " + ", ".join(f"{fault} {count:,}" for fault, count in havoc.done.most_common()),
         ]
@@ -224,9 +221,9 @@ def check(fleet: Fleet, writes: Writes, havoc: Havoc, requests: int) -> str:
     assert [each for each in writes.answered if reached.get(each) != 1] == [], figures
     assert writes.ends.total() == len(writes.sent) == requests
     # Sending again what failed would have doubled these.
-    assert len(lost) > requests // 200, figures
-    assert writes.resent > requests // 200, figures
-    assert len(writes.answered) > requests // 2, figures
+    assert len(lost) > requests // 500, figures
+    assert writes.resent > requests // 500, figures
+    assert len(writes.answered) > requests // 10, figures
     assert {"RESET", "HANG", "REFUSE", "FAIL", "NO_SESSION", "SUPPLIERS_FAIL"} <= havoc.done.keys(), figures
     return figures
 
@@ -248,7 +245,8 @@ async def test_none_is_sent_twice(stack: Stack, anyio_backend: str, gateways: Fl
 
 async def test_the_chain_would_tell(stack: Stack, anyio_backend: str, gateways: Fleet) -> None:
     """The same with a caller who says that transactions may be sent twice."""
-    settings = options(stack, "own pool" if anyio_backend == "asyncio" else "transports") | {"idempotent": True}
+    settings = options(stack, "own pool" if anyio_backend == "asyncio" else "transports")
+    settings |= {"idempotent": True, "retry": Retry(budget_reserve=1_000)}
     writes, _ = await run(stack, gateways, 300, every=10, workers=20, **settings)
     reached = gateways.transactions()
     assert writes.unsafe

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -152,6 +152,16 @@ def oversized_batch(write: bool) -> dict[str, Any]:
     return asked | {"json": [asked["json"]] * 5501}
 
 
+def streamed_batch(write: bool) -> dict[str, Any]:
+    """One that nobody here has read."""
+    content = json.dumps(oversized_batch(write)["json"]).encode()
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield content
+
+    return {"method": "POST", "url": "/v1", "content": parts(), "headers": of_service("eth")}
+
+
 def other(method: str, url: str, headers: dict[str, str] | None = None, **options: Any) -> Asking:
     """A request that says itself whether it may be sent twice."""
     sent = of_service("eth") if headers is None else headers
@@ -268,7 +278,8 @@ TABLE: dict[str, list[Case]] = {
         of_the_request(
             "body", not_relayed(500, path_error("request body exceeds 104857600 bytes limit", id=None)), 500
         ),
-        of_the_request("batch", of_service_mode(ServiceMode.OK), 500, ask=oversized_batch),
+        of_the_request("batch", NORMAL, 500, ask=oversized_batch),
+        of_the_request("batch, streamed", NORMAL, 500, ask=streamed_batch),
         of_the_request(
             "batch for Solana",
             not_relayed(500, path_error("protocol-level error: no endpoint responses received", id=None)),
