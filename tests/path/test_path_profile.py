@@ -275,6 +275,7 @@ MISTAKES: list[tuple[str, dict[str, Any]]] = [
     ("PATHProfile.services", {"services": [""]}),
     ("PATHProfile.services", {"services": [1]}),
     ("PATHProfile.services", {"services": ["eth/../x"]}),
+    ("PATHProfile.services", {"services": [".."]}),
     ("PATHProfile.services", {"services": ["eth\r\nX: y"]}),
     ("PATHProfile.services['eth']", {"services": {"eth": "jsonrpc"}}),
     ("PATHProfile.services['eth']", {"services": {"eth": None}}),

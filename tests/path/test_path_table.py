@@ -35,14 +35,17 @@ from pathkit import (
 
 import pathlb
 from pathlb import JSONRPC, Breaker, PATHProfile, Retry
+from pathlb.classify import Outcome, PATHClassifier
 from pathlb.core.model import Cause, Sent
-from pathlb.exchange import Attempt
+from pathlb.exchange import Attempt, Reply, Request, WholeBody
 from pathlb.testing import (
     FaultServer,
     Fin,
     Fleet,
     Mode,
+    Read,
     ReadRequest,
+    Reset,
     Send,
     ServiceMode,
     ServiceTime,
@@ -536,6 +539,31 @@ async def test_an_answer_for_a_service_is_the_instances_success() -> None:
                 await send(client, relay(True))
             assert breakers(client.balancer, fleet.urls[0]) == ("closed", "closed")
             assert endpoint(client.balancer, fleet.urls[0]).breaker.consecutive_failures == 1
+
+
+async def test_a_connection_that_ends_between_two_requests_is_nobodys_fault() -> None:
+    with (
+        FaultServer(lambda index: [ReadRequest(), Send(http_reply()), Read(1), Reset()]) as server,
+        NORMAL() as healthy,
+    ):
+        bad = Bad(server.url)
+        async with client_of(Case("", NORMAL, Cause.OK), [bad.url, healthy.url], bad.url) as client:
+            assert len(attempts_of(await send(client, relay(False)))) == 1
+            result = await send(client, relay(False))
+            check_elsewhere(result, elsewhere=True, bad=bad)
+            assert attempts_of(result)[0].outcome.cause is Cause.LOCAL
+            assert breakers(client.balancer, bad.url) == ("closed", "closed")
+
+
+def test_what_is_kept_of_answers_is_bounded() -> None:
+    classifier = PATHClassifier()
+    request = Request("POST", b"/v1", [(b"Target-Service-Id", b"eth")], b"{}")
+    for number in range(5_000):
+        reply = Reply(200, path_headers(f"pokt1{number}", number), WholeBody(b"{}"))
+        outcome = classifier.reply(request, reply)
+        assert isinstance(outcome, Outcome)
+        assert (outcome.cause, outcome.relays) == (Cause.OK, number + 1)
+    assert len(classifier._answers) <= 1_000
 
 
 @pytest.mark.parametrize(
