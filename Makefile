@@ -45,6 +45,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.in_flight
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.faults
+	$(BIN)/python -m benchmarks.classification
+	$(BIN)/python -m benchmarks.jsonrpc
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

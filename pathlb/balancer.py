@@ -26,6 +26,7 @@ from .core.model import Clock, Endpoint, Rng, Sent
 from .core.policy import LeastConnections, Policy
 from .core.retry import Again
 from .core.snapshot import Snapshot
+from .deadline import BOUND
 from .errors import (
     PathlbError,
     UsageError,
@@ -35,6 +36,7 @@ from .health import Prober
 from .jsonrpc import JSONRPC, JSONRPCLayer, MethodRules
 from .jsonrpc.heights import told_height
 from .lease_ends import LeasedBody, LeaseEnds, close_quietly
+from .orca import read_load
 from .profile import PATHProfile, find_profile
 from .resending import ResendRule
 from .runner import Runner, current_home, make_runner
@@ -99,13 +101,13 @@ class Balancer:
         check_options(
             policy, breaker, outlier, panic, slow_start, retry, limits, deadline, health, idempotent, upstream
         )
-        check_meaning(classifier, jsonrpc, block_height, retry)
         self._profile = chosen = find_profile(profile)
         if chosen is not None:
             classifier, jsonrpc = classifier or chosen.classifier, jsonrpc or chosen.jsonrpc
             health, limits = health or chosen.health, limits or chosen.limits
             block_height = block_height or chosen.block_height
             upstream = upstream or Upstreams(pool=chosen.pool)
+        check_meaning(classifier, jsonrpc, block_height, retry)
         limits = limits or Limits()
         self.timeouts = chosen.timeouts if chosen is not None else Timeouts()
         """What `AsyncClient` gives its requests where the caller says nothing."""
@@ -144,7 +146,9 @@ class Balancer:
             self._ends.release,
         )
         self._ends.classify = self._attempter.classify
-        layer = JSONRPCLayer(jsonrpc, self._road, clock, deadline) if jsonrpc is not None and jsonrpc.needs_body else None
+        layer = (
+            JSONRPCLayer(jsonrpc, self._road, clock, deadline) if jsonrpc is not None and jsonrpc.needs_body else None
+        )
         self._way: Callable[[Request], Awaitable[Reply]] = self._road if layer is None else layer.send
         self._prober = Prober(health, self._clock, self._rng) if health else None
         self._runner: Runner | None = None
@@ -269,6 +273,9 @@ class Balancer:
         """
         if self._profile is not None:
             self._profile.prepare(request)
+        bound = BOUND.get()
+        if bound is not None:
+            return await bound.send(self._claim(), request, self._deadline, self._way)
         return await self._way(request)
 
     async def _road(self, request: Request) -> Reply:
@@ -300,6 +307,8 @@ class Balancer:
                 )
                 now = clock()
                 endpoint = lease.endpoint
+                if reply is not None and now >= endpoint.report_due:
+                    endpoint.take_report(now, read_load(reply.headers, now))
                 attempts.append(
                     Attempt(endpoint.url, lease.reason, lease.in_flight, lease.candidates, outcome, now - lease.started)
                 )

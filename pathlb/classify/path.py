@@ -161,7 +161,16 @@ class PATHClassifier(HTTPClassifier):
         if not (message.startswith("Service '") and message.endswith("is not configured")):
             return self._answered(400, answer)
         key = self._key(request)
-        return Outcome(Cause.SERVICE, retry=True, refused=True, trip=True, status=400, key=key, detail=message)
+        return Outcome(
+            Cause.SERVICE,
+            retry=True,
+            refused=True,
+            trip=True,
+            status=400,
+            key=key,
+            detail=message,
+            relays=answer.relays,
+        )
 
     def _not_relayed(self, request: Request, reply: Reply, body: bytes, answer: _Answer) -> Outcome:
         status = reply.status

@@ -148,7 +148,9 @@ class CircuitBreaker:
     @property
     def next_change(self) -> float:
         """When `advance` has something to do; infinity for never."""
-        return {BreakerState.OPEN: self.reopens_at, BreakerState.PROBING: self.probe_deadline}.get(self.state, math.inf)
+        if self.state is BreakerState.OPEN:
+            return self.reopens_at
+        return self.probe_deadline if self.state is BreakerState.PROBING else math.inf
 
     def advance(self, now: float) -> None:
         """Do what time alone does: end the open time, end a probe's lease."""

@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 from . import events
 from .breaker import BreakerState, CircuitBreaker
-from .comparison import active_keys, compare
+from .comparison import Judge
 from .config import BlockHeight, Breaker, Limits, Outlier, Panic, Retry, SlowStart, check_number
 from .eligibility import IN_SERVICE, Standing, View, scopes_of, standing, survey
 from .endpoints import Admin, EndpointSet, EndpointState, SetChange
@@ -25,6 +26,7 @@ _JUDGE_EVERY = 0.1  # seconds between outlier comparisons of up to 50 endpoints;
 _OVERLOAD_BACKOFF = 0.25  # seconds an endpoint is passed over after a first 429 without Retry-After, doubling
 _OVERLOAD_MAX = 8.0
 _RETRY_AFTER_MAX = 30.0  # what one reply may ask for on behalf of all requests to its endpoint
+_VIEWS_KEPT = 1_000
 _KEYS_KEPT = 200  # scopes of one endpoint, beyond which those with nothing to remember go, or the one not used longest
 _RAMP_STEP = 0.1  # seconds between updates of a weight on the slow-start ramp
 
@@ -71,7 +73,7 @@ class Cluster:
         self._set = EndpointSet()
         self._started = False
         self._views: dict[str | None, View] = {}
-        self._shut: frozenset[str] | None = None
+        self._judge = Judge(settings.outlier) if settings.outlier is not None else None
         self._next_judgement = -math.inf
         self.changed = False
         self.next_advance = -math.inf
@@ -157,7 +159,7 @@ class Cluster:
         scope.height_until = now + config.max_age
         if scope.height != height:
             scope.height = height
-            self._invalidate()
+            self._invalidate(scope.height_until)
 
     def _record_key_probe(self, now: float, state: EndpointState, key: str, passed: bool, why: str) -> None:
         health = self.scope(now, state, key).health
@@ -182,21 +184,19 @@ class Cluster:
         """What picks for `key` choose from."""
         view = self._views.get(key)
         if view is None:
-            if key is not None and key not in self._shut_keys():
-                return self.view(None)  # nothing sets it apart; keys come from callers, there may be any number
-            view = self._views[key] = survey(self._set, self._settings.panic, key, self._settings.block_height)
+            if key is None or any(self._stands_apart(state.scopes.get(key)) for state in self._set):
+                view = survey(self._set, self._settings.panic, key, self._settings.block_height)
+            else:
+                view = self.view(None)
+            if len(self._views) >= _VIEWS_KEPT:
+                self._views.clear()
+            self._views[key] = view
         return view
 
-    def _shut_keys(self) -> frozenset[str]:
-        """Keys some endpoint is out for that is not out altogether."""
-        if self._shut is None:
-            self._shut = frozenset(
-                key
-                for state in self._set
-                for key, scope in state.scopes.items()
-                if not scope.in_service or scope.height is not None
-            )
-        return self._shut
+    @staticmethod
+    def _stands_apart(scope: Scope | None) -> bool:
+        """Whether picks for its key may differ from those without one."""
+        return scope is not None and (not scope.in_service or scope.height is not None)
 
     def scope(self, now: float, state: EndpointState, key: str) -> Scope:
         """What is known of a service on an endpoint. Callers make up keys, so only so many are kept."""
@@ -204,11 +204,10 @@ class Cluster:
         scope = scopes.pop(key, None)
         if scope is None:
             if len(scopes) >= _KEYS_KEPT:
-                idle = [known for known, one in scopes.items() if one.idle(now)]
-                for known in idle or [next(iter(scopes))]:
-                    del scopes[known]
-                if not idle:
-                    self._invalidate()  # it may have been out
+                oldest = list(islice(scopes.items(), _KEYS_KEPT // 2))
+                for known in [known for known, one in oldest if one.idle(now)] or [oldest[0][0]]:
+                    if self._stands_apart(scopes.pop(known)):
+                        self._invalidate(math.inf)
             scope = Scope(HealthState(probed=False, rise=self._settings.rise, fall=self._settings.fall))
             scope.breaker = self._new_breaker(state, key)
         scopes[key] = scope  # the one used last comes last
@@ -290,19 +289,19 @@ class Cluster:
 
     def eject_outliers(self, now: float, running: float) -> None:
         """Compare the endpoints and set aside what stands out, as far as the maximum share allows."""
-        config = self._settings.outlier
-        if config is None or now < self._next_judgement:
+        judge = self._judge
+        if judge is None or now < self._next_judgement:
             return
         stands = {state: standing(state) for state in self._set}
         judged = [state for state, stand in stands.items() if stand in IN_SERVICE]
-        compared = len(self._set) * (1 + len(active_keys(judged, running - config.window)))
-        self._next_judgement = now + _JUDGE_EVERY * max(1.0, compared / 50)
+        findings = judge.compare(judged, running)
+        self._next_judgement = now + _JUDGE_EVERY * max(1.0, judge.compared / 50)
         present = sum(stand is not Standing.DRAINING for stand in stands.values())
-        for state, key, verdict in compare(judged, running, config):
+        for state, key, verdict in findings:
             in_service = sum(standing(one, key) in IN_SERVICE for one in judged)
             out = sum(any(scope.ejection.until is not None for scope in scopes_of(one, key)) for one in self._set)
-            if out < max(1, int(config.max_ejected * present)) and in_service > 1:
-                self._eject(now, state, key, verdict, config)
+            if out < max(1, int(judge.config.max_ejected * present)) and in_service > 1:
+                self._eject(now, state, key, verdict, judge.config)
 
     def forgive_stall(self, seconds: float) -> None:
         """This process stalled: probes under way get the time back."""
@@ -377,14 +376,16 @@ class Cluster:
     def _breaker_changed(
         self, state: EndpointState, key: str | None, now: float, before: BreakerState, after: BreakerState, why: str
     ) -> None:
+        due = -math.inf
         if after is BreakerState.OPEN:
+            due = (state if key is None else state.scopes[key]).breaker.reopens_at
             state.last_failed = now
             state.counts.breaker_opens += before is BreakerState.CLOSED
             self.condemned.append((state, key))
         elif after is BreakerState.CLOSED:
             self._start_afresh(now, state, key)
         self._outbox.add(events.BreakerChanged(now, state.url, key, before.value, after.value, why))
-        self._invalidate()
+        self._invalidate(due)
 
     def _start_afresh(self, now: float, state: EndpointState, key: str | None) -> None:
         """What comes back is judged on what it does from now on, and an endpoint gets its share little by little."""
@@ -446,8 +447,8 @@ class Cluster:
         else:
             state.weight *= max(slow_start.floor, share)
 
-    def _invalidate(self) -> None:
+    def _invalidate(self, due: float = -math.inf) -> None:
+        """Something changed, and time alone will change it again when it is `due`; by default that is to be found."""
         self._views.clear()
-        self._shut = None
         self.changed = True
-        self.next_advance = -math.inf
+        self.next_advance = min(self.next_advance, due)

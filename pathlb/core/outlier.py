@@ -48,7 +48,7 @@ class Norm(NamedTuple):
 
 
 Latency: TypeAlias = tuple[float, str | None, float, float]
-"""One latency: when, of which service, and how long, as a logarithm: of seconds, or of multiples of what is usual, the
+"""When, of which service, and how long as a logarithm: of seconds, or of multiples of what is usual there, the
 logarithm of which comes last.
 """
 
@@ -115,14 +115,15 @@ class Evidence:
 
 
 _SPANS = (0.5, 1.0, 2.0, 4.0)  # seconds over which latencies are compared; the shortest sees a change first
+_LONG_SPAN = 8.0  # one more where the traffic is split into many: it takes longer to see as much
 _SIGNALS = ("stall", "failures", "latency")
 _ENOUGH = 5  # latencies it takes to compare
 _WAITS_READ = 64  # attempts looked at an endpoint: enough for any verdict, and bounds the cost of a pile-up
 _USUAL_SAMPLES = 10  # replies it takes to speak of a usual latency
 _BULK = 0.95  # share of the replies that tells how long one may well take
 _LEAST_SECONDS = 1e-4  # added to each, so that what takes no time at all has a logarithm
+UNKNOWN = Norm(math.inf, math.inf)
 _LEAST_SPREAD = 0.25  # of log latency, a quarter up or down: nobody is as regular as a few samples may look
-_UNKNOWN = Norm(math.inf, math.inf)
 
 
 def gather(scope: Scope, now: float, config: Outlier, without: Collection[str | None] = ()) -> Evidence:
@@ -141,7 +142,7 @@ def norm_of(samples: Iterable[Sample]) -> Norm:
     """What is usual by these samples, if they are enough to tell."""
     known = sorted([sample.seconds for sample in samples if sample.seconds is not None])
     if len(known) < _USUAL_SAMPLES:
-        return _UNKNOWN
+        return UNKNOWN
     usual, bulk = (known[int(share * len(known))] + _LEAST_SECONDS for share in (0.5, _BULK))
     return Norm(usual, bulk)
 
@@ -187,6 +188,7 @@ class Comparison:
         self._evidence = evidence
         self._now = now
         self._config = config
+        self._spans = _SPANS if chances == 1 else (*_SPANS, _LONG_SPAN)
         self._apart = norms is not None
         self._norms: Mapping[str | None, Norm] = norms or {}
         self._doubt = 2 * math.log(chances)
@@ -197,12 +199,11 @@ class Comparison:
         for one in evidence:
             one.overtaken = latest[-1] if one.scope.recent.last_answered < latest[-1] else latest[0]
 
-    def verdicts(self, *, at_once: bool = False) -> list[Verdict]:
-        """Who stands out, and has for `confirm` seconds, unless asked `at_once`."""
+    def verdicts(self) -> list[Verdict]:
+        """Who stands out, and has for `confirm` seconds."""
         if len(self._evidence) < 2:
             return []
-        confirm = 0.0 if at_once else self._config.confirm
-        found = zip(self._stalls(confirm), self._fails(), self._lags(confirm), strict=True)
+        found = zip(self._stalls(), self._fails(), self._lags(), strict=True)
         verdicts: list[Verdict] = []
         for one, reasons in zip(self._evidence, found, strict=True):
             for signal, why in zip(_SIGNALS, reasons, strict=True):
@@ -231,7 +232,7 @@ class Comparison:
 
     # --- stalls
 
-    def _stalls(self, confirm: float) -> list[str]:
+    def _stalls(self) -> list[str]:
         """Nothing has come back for far longer than nearly all replies take, though peers answered what began later,
         and have for `confirm` seconds: after a pause of everybody somebody is the first to answer.
         """
@@ -242,7 +243,7 @@ class Comparison:
                 ejection.stalled_since = None
             elif ejection.stalled_since is None:
                 ejection.stalled_since = self._now
-            found.append(self._stalled(one, waits, 0.0) if self._lasted(ejection.stalled_since, confirm) else "")
+            found.append(self._stalled(one, waits, 0.0) if self._lasted(ejection.stalled_since) else "")
         return found
 
     def _first_waits(self, one: Evidence) -> list[Wait]:
@@ -308,7 +309,7 @@ class Comparison:
 
     # --- latency
 
-    def _lags(self, confirm: float) -> list[str]:
+    def _lags(self) -> list[str]:
         """Its latency is several times that of the median peer, more than luck explains, and has been for a while.
 
         Attempts that have waited longer than usual, and were overtaken, count with that time: it can only grow.
@@ -336,7 +337,7 @@ class Comparison:
                 if mean - peer.mean - sigma * error > math.log(config.latency_factor):
                     found[index] = f"typically {typical * 1000:.0f} ms, the peers {peers * 1000:.0f} ms"
         return [
-            why if self._confirmed(one.ejection, ratio, confirm) else ""
+            why if self._confirmed(one.ejection, ratio) else ""
             for one, ratio, why in zip(evidence, ratios, found, strict=True)
         ]
 
@@ -350,7 +351,7 @@ class Comparison:
             squares += value * value
             norms += norm
         summaries: list[Summary] = []
-        for span in _SPANS:
+        for span in self._spans:
             start = self._now - span
             while index and replies[index - 1][0] >= start:
                 index -= 1
@@ -365,42 +366,43 @@ class Comparison:
 
     def _latencies(self, one: Evidence) -> list[Latency]:
         """Of the replies in the longest span, oldest first."""
-        start = self._now - _SPANS[-1]
-        replies = [(at, s, key) for at, _, s, key in one.samples if at >= start and s is not None]
+        start = self._now - self._spans[-1]
+        replies = [(at, key, seconds) for at, _, seconds, key in one.samples if at >= start and seconds is not None]
         if not self._apart:
-            return [(at, key, math.log(seconds + _LEAST_SECONDS), 0.0) for at, seconds, key in replies]
-        norms = {key: self._measure(key) for key in {key for _, _, key in replies}}
+            return [(at, key, math.log(seconds + _LEAST_SECONDS), 0.0) for at, key, seconds in replies]
+        norms = {key: self._measure(key) for key in {key for _, key, _ in replies}}
         return [
             (at, key, math.log(seconds + _LEAST_SECONDS) - norm, norm)
-            for at, seconds, key in replies
+            for at, key, seconds in replies
             if (norm := norms[key]) < math.inf
         ]
 
     def _long_waits(self, one: Evidence) -> list[Latency]:
         """Of the attempts that have waited longer than usual, and were overtaken."""
-        return [
-            (self._now, lease.key, math.log(wait) - norm, norm)
-            for lease in one.waiting
-            if lease.began < one.overtaken
-            and (wait := self._now - lease.began) > self._norm(lease.key).usual
-            and (norm := self._measure(lease.key)) < math.inf
-        ]
+        waits: list[Latency] = []
+        for lease in one.waiting:
+            wait = self._now - lease.began
+            if lease.began < one.overtaken and wait > self._norm(lease.key).usual:
+                norm = self._measure(lease.key)
+                waits.append((self._now, lease.key, math.log(wait) - norm, norm))
+        return waits
 
     def _measure(self, key: str | None) -> float:
         """The logarithm of what latencies of a service are multiples of; infinity when that is not known."""
         return math.log(self._norm(key).usual) if self._apart else 0.0
 
-    def _confirmed(self, ejection: Ejection, ratio: float, confirm: float) -> bool:
-        """Whether it has looked slow for so long. Once it does, only a ratio below `latency_clear` ends that."""
+    def _confirmed(self, ejection: Ejection, ratio: float) -> bool:
+        """Whether it has looked slow for `confirm` seconds. Then only a ratio below `latency_clear` ends that."""
         config = self._config
         if ratio < config.latency_clear:
             ejection.slow_since = None
         elif ejection.slow_since is None and ratio > config.latency_factor:
             ejection.slow_since = self._now
-        return self._lasted(ejection.slow_since, confirm)
+        return self._lasted(ejection.slow_since)
 
-    def _lasted(self, since: float | None, confirm: float) -> bool:
-        return since is not None and self._now - since >= confirm - 1e-9  # ticks add up with rounding errors
+    def _lasted(self, since: float | None) -> bool:
+        # Ticks add up with rounding errors.
+        return since is not None and self._now - since >= self._config.confirm - 1e-9
 
 
 def _standardised(tallies: list[Tally], index: int) -> Figures:

@@ -49,8 +49,8 @@ class Metrics:
     |---|---|---|
     | `http.client.request.duration` | histogram, s, one value per attempt | `pathlb.endpoint`, `pathlb.outcome`,
       `http.response.status_code`, `error.type` |
-    | `pathlb.request.attempts` | histogram, one value per caller's request | |
-    | `pathlb.request.relays` | histogram, one value per caller's request the endpoints told of | |
+    | `pathlb.request.attempts` | histogram, one value per caller's request; 0 for one that got no endpoint | |
+    | `pathlb.request.relays` | histogram, one value per caller's request, if the endpoints told of any | |
     | `pathlb.requests.in_flight` | up-down counter | `pathlb.endpoint` |
     | `pathlb.retries` | counter | `pathlb.endpoint` (where it failed), `pathlb.outcome` |
     | `pathlb.retries.refused` | counter | `pathlb.endpoint`, `pathlb.why` |
@@ -60,6 +60,9 @@ class Metrics:
     | `pathlb.panic` | up-down counter: balancers failing open | |
     | `pathlb.queue.wait` | histogram, s | `pathlb.why` |
     | `pathlb.queue.overflows` | counter | |
+
+    A request counts whatever becomes of it, cancelled ones too. Each part of a split batch is one of its own; what is
+    refused for its size before it comes to an endpoint is none.
 
     Keys (service ids), paths and the text of errors are left out: they have no bound. An attempt without a reply has
     its cause as `error.type`; which fault it was is on the span.
@@ -86,7 +89,7 @@ class Metrics:
             "pathlb.request.attempts",
             unit="{attempt}",
             description="Attempts made for one request of a caller.",
-            explicit_bucket_boundaries_advisory=COUNT_BUCKETS,
+            explicit_bucket_boundaries_advisory=(0.0, *COUNT_BUCKETS),
         )
         self._relays = meter.create_histogram(
             "pathlb.request.relays",

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from pathlb.cli import main, serve
-from pathlb.converting import nginx, traefik
+from pathlb.converting import directives, nginx, traefik
 from pathlb.serving.supervisor import Source
 
 ROOT = Path(__file__).parents[2]
@@ -160,6 +160,24 @@ def test_what_nginxs_servers_lose(convert: Convert, servers: str, urls: int, sai
         ("health_check uri=/health interval=2 fails=3;", {"health": {"path": "/health", "interval": 2, "fall": 3}}, []),
         ("access_log /var/log/x;", {"access_log": True}, ["it goes to stdout"]),
         ("gzip on;", {}, ["gzip on: compress in the gateways"]),
+        ("proxy_set_header Host gw.example;", {"host": "gw.example"}, []),
+        ("proxy_set_header Host $proxy_host;", {"host": "gateways"}, []),
+        ("proxy_set_header X-Forwarded-Port 80;", {}, ["pathlb says where a request came from by itself"]),
+        ("proxy_set_header TE trailers;", {}, ["says where a message goes or ends"]),
+        ("add_header X-At $time_local;", {}, ["there are no variables"]),
+        ("proxy_next_upstream error non_idempotent;", {"retry": {"statuses": []}}, ["not safe to send twice"]),
+        ("proxy_next_upstream_timeout 9s;", {}, ["see deadline"]),
+        ("keepalive_timeout 60;", {"keep_alive": 60}, []),
+        ("keepalive_timeout 0;", {}, ["connections of callers are kept"]),
+        ("access_log off;", {}, []),
+        ("set_real_ip_from gw.example;", {}, ["list the addresses in trusted"]),
+        ("real_ip_header X-Mine;", {}, ["proxies in trusted are to say it in X-Forwarded-For"]),
+        ("real_ip_header X-Real-IP;", {}, []),
+        (
+            "health_check interval=500ms passes=3 match=ok;",
+            {"health": {"path": "/", "interval": 0.5, "changing_interval": 0.5, "rise": 3}},
+            ["health_check match=ok: see [health]"],
+        ),
         ("limit_req zone=one;", {}, ["no limit on the rate"]),
         ("if ($request_method = PUT) { return 405; }", {}, ["has nothing like it"]),
     ],
@@ -200,7 +218,22 @@ def test_the_innermost_level_counts_and_another_location_is_told_of(convert: Con
         (
             "server { server_name rpc.example; location / { proxy_pass https://gw; proxy_ssl_name gw.example; } }",
             {"endpoints": [{"url": "https://a:3069", "server_hostname": "gw.example"}]},
-            ["server_name rpc.example: pathlb answers for every Host", "https: certificates"],
+            ["https: certificates", "server_name rpc.example: pathlb answers for every Host"],
+        ),
+        (
+            "server { listen unix:/run/x; listen localhost; listen 81; location / { proxy_pass http://gw; } }",
+            {"bind": "localhost:80"},
+            ["listens on TCP only", "there is one listener, of the first listen"],
+        ),
+        (
+            "server { listen 443 ssl http2; location / { proxy_pass http://gw; } }",
+            {"tls": {"certificate": "CERTIFICATE.pem", "key": "KEY.pem"}},
+            ["no ssl_certificate is", "no ssl_certificate_key is", "listen http2: "],
+        ),
+        (
+            "server { location /a { proxy_pass http://gw; }\nlocation / { proxy_pass http://gw; } }",
+            {"bind": "0.0.0.0:80"},
+            ["location /a: not converted", "another use of gw, in location /a"],
         ),
     ],
 )
@@ -222,6 +255,22 @@ def test_nginx_tls_and_workers(convert: Convert, tmp_path: Path) -> None:
     assert (data["bind"], data["workers"]) == ("0.0.0.0:443", 4)
     assert data["tls"] == {"certificate": str(tmp_path / "tls/chain.pem"), "key": "/etc/key.pem"}
     assert notes == []
+
+
+def test_https_servers_without_a_port_or_on_a_unix_socket(convert: Convert) -> None:
+    text = (
+        "upstream gw { least_conn; server a; server unix:/run/gw; }\n\nserver { location / { proxy_pass https://gw; } }"
+    )
+    data, notes = convert("nginx.conf", text)
+    assert data["endpoints"] == [{"url": "https://a:80"}, {"url": "unix:///run/gw"}]
+    assert "there is no TLS over a unix socket" in notes[0]
+
+
+def test_workers_auto(convert: Convert) -> None:
+    _, notes = convert("nginx.conf", "worker_processes auto;" + NGINX % ("server a:3069;", "", ""))
+    assert [note.partition(", ")[0] for note in notes] == [
+        "nginx.conf:1: worker_processes auto: set workers to the number of cores that pathlb may use"
+    ]
 
 
 def test_nginx_files_that_include_others(convert: Convert, tmp_path: Path) -> None:
@@ -270,6 +319,10 @@ def test_nginx_errors_have_a_place(refuse: Callable[..., str], text: str | None,
 # --- Traefik
 
 
+TLS = {"certificate": "/c", "key": "/k"}
+V1 = {"rewrite": ["/", "/v1"]}
+
+
 def service(balancer: dict[str, Any], *, middlewares: Any = None, router: Any = None, **more: Any) -> str:
     """A file with static and dynamic configuration."""
     balancer = {"servers": [{"url": "http://a:3069"}], **balancer}
@@ -298,6 +351,10 @@ def service(balancer: dict[str, Any], *, middlewares: Any = None, router: Any = 
         ({"healthCheck": {"path": "/", "port": 1}}, {"health": {"path": "/"}}, ["healthCheck.port = 1: "]),
         ({"sticky": {"cookie": {"name": "x"}}}, {}, ["there is no affinity to a cookie"]),
         ({"responseForwarding": {"flushInterval": "1s"}}, {}, []),
+        ({"passHostHeader": False, "servers": [A, B]}, {"host": None}, ["passHostHeader = false"]),
+        ({"servers": [A, {**B, "weight": 0}]}, {}, ["http://b:3069 has weight 0: it is left out"]),
+        ({"strategy": "leasttime"}, {"policy": None}, ["least-connections is used"]),
+        ({"healthCheck": {}}, {"health": {"path": "/"}}, []),
         ({"newThing": {}}, {}, ["newThing: `pathlb serve` has nothing like it"]),
     ],
 )
@@ -305,7 +362,10 @@ def test_traefik_services(
     convert: Convert, balancer: dict[str, Any], expected: dict[str, Any], said: list[str]
 ) -> None:
     data, notes = convert("traefik.yml", service(balancer))
-    assert data == {"bind": "0.0.0.0:80", "policy": "round-robin", "endpoints": [A], **expected}
+    endpoints = [A, B] if expected.get("host", "") is None else [A]
+    wanted = {"bind": "0.0.0.0:80", "policy": "round-robin", "endpoints": endpoints, **expected}
+    # None: the default, which is not written.
+    assert data == {key: value for key, value in wanted.items() if value not in (None, {})}
     assert len(notes) == len(said)
     assert all(part in note for note, part in zip(notes, said, strict=True))
     assert all(re.match(r"traefik.yml:\d+: ", note) for note in notes)
@@ -338,6 +398,52 @@ def test_traefik_services(
             [],
         ),
         (service({}, accessLog={}), {"access_log": True}, ["accessLog: it goes to stdout"]),
+        (service({}, tls={"certificates": [{"certFile": "/c", "keyFile": "/k"}]}), {"tls": TLS}, []),
+        (
+            service({}, tls={"certificates": [{"certFile": "/c", "keyFile": "/k"}, {"certFile": "d", "keyFile": "e"}]}),
+            {"tls": TLS},
+            ["tls.certificates[1]: there is one certificate"],
+        ),
+        (
+            service({}, tls={"certificates": [{"certFile": "c", "keyFile": "k"}]}),
+            {"tls": {"certificate": "c", "key": "k"}},
+            ["now relative to the TOML"],
+        ),
+        (
+            service({}, serversTransport={"forwardingTimeouts": {"dialTimeout": "2s", "responseHeaderTimeout": "45s"}}),
+            {"timeouts": {"connect": 2, "read": 45}, "deadline": 45},
+            [],
+        ),
+        (service({}, router={"middlewares": ["m"]}, middlewares={"m": {"addPrefix": {"prefix": "/v1"}}}), V1, []),
+        (
+            service({}, router={"middlewares": ["m"]}, middlewares={"m": {"stripPrefix": {"prefixes": ["/a", "/b"]}}}),
+            {"rewrite": ["/a", "/"]},
+            ["stripPrefix /b: one prefix"],
+        ),
+        (
+            service(
+                {},
+                router={"middlewares": ["m"]},
+                middlewares={"m": {"headers": {"customRequestHeaders": {"Host": "x", "Connection": "y"}}}},
+            ),
+            {"host": "x"},
+            ["customRequestHeaders.Connection: says where"],
+        ),
+        (
+            service(
+                {},
+                entryPoints={
+                    "web": {
+                        "address": ":80/tcp",
+                        "forwardedHeaders": {"insecure": True},
+                        "transport": {"lifeCycle": {"graceTimeOut": 5}, "respondingTimeouts": {"idleTimeout": "1m30s"}},
+                    },
+                    "traefik": {"address": ":8080"},
+                },
+            ),
+            {"grace": 5, "keep_alive": 90},
+            ["forwardedHeaders.insecure: list the proxies"],
+        ),
         (service({}, api={"dashboard": True}), {}, ["api: the admin listener"]),
         (
             service(
@@ -397,6 +503,44 @@ def test_labels_of_several_containers_are_one_service(convert: Convert) -> None:
     assert "no affinity to a cookie" in notes[0]
 
 
+def test_https_and_the_transport_of_a_service(convert: Convert) -> None:
+    text = """http:
+  routers:
+    one: {rule: "PathPrefix(`/`)", service: gw@file}
+    two: {rule: "Host(`x`)", service: gw}
+    other: {rule: "Host(`y`)", service: else}
+  serversTransports:
+    t: {serverName: gw.example, insecureSkipVerify: true, forwardingTimeouts: {dialTimeout: 3s}}
+    unused: {serverName: x}
+  services:
+    gw: {loadBalancer: {serversTransport: t, servers: [{url: "https://a"}]}}
+"""
+    data, notes = convert("t.yml", text)
+    assert data["endpoints"] == [{"url": "https://a", "server_hostname": "gw.example"}]
+    assert data["timeouts"] == {"connect": 3}
+    assert [note.partition(": ")[0] for note in notes] == ["t.yml:3", "t.yml:4", "t.yml:7", "t.yml:10"]
+    assert "another router to gw" in notes[1]
+    assert "insecureSkipVerify = True" in notes[2]
+
+
+def test_labels_with_scheme_weight_and_servers_in_a_list(convert: Convert) -> None:
+    text = """services:
+  a:
+    expose: [3069]
+    ports: [{target: 9090, published: 1}]
+    deploy:
+      labels:
+        unrelated: 1
+        traefik.http.services.gw.loadbalancer.server.scheme: https
+        traefik.http.services.gw.loadbalancer.server.weight: 2
+  b:
+    labels: ["traefik.http.services.gw.loadbalancer.servers[0].url=http://b:3069"]
+"""
+    data, notes = convert("compose.yaml", text)
+    assert data["endpoints"] == [{"url": "https://a:3069", "weight": 2}, B]
+    assert ["no entry point" in notes[0], "https: certificates" in notes[1]] == [True, True]
+
+
 def test_labels_with_server_urls_as_in_the_plan(convert: Convert) -> None:
     labels = "".join(
         f"      - traefik.http.services.gw.loadbalancer.server.url=http://path-gateway-{number}:3069\n"
@@ -439,9 +583,31 @@ def test_several_services_are_chosen_from(convert: Convert, refuse: Callable[...
         (b"a: 1\nb: \x01", "t.yml:2: is no YAML: special characters are not allowed"),
         ("a: 1\nb: !python/object:os.system x", "t.yml:2: could not determine a constructor"),
         ("a: &x\n  b: *x", "t.yml:2: a.b: its aliases"),
-        ("a: &x\n  - *x", "t.yml:2: a[0]: its aliases"),
+        ("a: &x\n  - *x", "t.yml:1: a[0]: its aliases"),
         ("[" * 5000, "t.yml: is nested too deeply"),
         ("providers: {file: {filename: d.yml}}", "t.yml: has no loadBalancer service: it is the static configuration"),
+        (
+            "services:\n a:\n  labels:\n   - traefik.http.services.x.loadbalancer.passhostheader=true",
+            "t.yml:4: x: no loadbalancer.server.port, and a exposes none",
+        ),
+        (
+            "services:\n a:\n  labels:\n   - traefik.http.services.x.loadbalancer.servers[5000].url=http://a",
+            "t.yml:4: http.services.x.loadbalancer.servers[5000].url: there cannot be so many",
+        ),
+        (
+            "entryPoints: {w: {address: ':1', forwardedHeaders: {trustedIPs: [x]}}}\n"
+            "http: {services: {x: {loadBalancer: {servers: [{url: 'http://a'}]}}}}",
+            "t.yml:1: 'x' is not a network",
+        ),
+        ("http: {services: {x: {loadBalancer: {\nservers: [{url: {a: 1}}]}}}}", "t.yml:2: http.services.x.load"),
+        (
+            "http: {services: {x: {loadBalancer: {\nservers: [{url: 'http://[a'}]}}}}",
+            "t.yml:2: 'http://[a' is not a URL",
+        ),
+        (
+            "http: {services: {x: {loadBalancer: {\nservers: [{url: 'http://a', weight: much}]}}}}",
+            "t.yml:2: http.services.x.loadBalancer.servers[0].weight: 'much' is no number",
+        ),
         ("http: {services: {x: {loadBalancer: {\nservers: [{weight: 1}]}}}}", "t.yml:2: http.services.x.loadBalancer"),
         (
             "http: {services: {x: {loadBalancer: {\nservers: [{url: 'ftp://a'}]}}}}",
@@ -478,9 +644,9 @@ def test_the_output_goes_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_notes_cannot_break_out_of_their_comment(convert: Convert) -> None:
-    data, [note] = convert("nginx.conf", NGINX % ("server a:3069;", 'gzip "a\n\x01[endpoints]";', ""))
+    data, [note] = convert("nginx.conf", NGINX % ("server a:3069;", 'return 200 "a\n\x01[endpoints]";', ""))
     assert data["endpoints"] == [A]
-    assert "gzip a??[endpoints]" in note
+    assert "return 200 a??[endpoints]" in note
 
 
 def test_traefiks_toml_is_refused(refuse: Callable[..., str]) -> None:
@@ -500,7 +666,7 @@ def test_without_the_extra_it_says_what_to_install(
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return load(name, *rest)
 
-    for name in (nginx.__name__, traefik.__name__, "pathlb.converting.tree"):
+    for name in (nginx.__name__, directives.__name__, traefik.__name__, "pathlb.converting.tree"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", missing)
     assert main(["convert", file]) == 1
@@ -574,3 +740,5 @@ def test_what_the_image_copies_is_there() -> None:
     # What hatchling reads besides.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {project["readme"], *project["license-files"]} <= kept
+    [extra] = re.findall(r'install .* "\.\[(\w+)\]"', (DOCKER / "Dockerfile").read_text())
+    assert extra in project["optional-dependencies"]

@@ -108,6 +108,7 @@ class Simulation:
         self.given_up = 0
         self.done = 0
         self.lost = 0
+        self.lost_of: Counter[str | None] = Counter()
         self.latencies: list[tuple[float, float]] = []
         self.picks: list[tuple[float, int, str]] = []
         self.keys: list[str | None] = []
@@ -152,7 +153,11 @@ class Simulation:
         if not self.services:
             self._admit(Request(Want(resendable=True), self.now))
             return
-        (key,) = self.rng.choices(list(self.services), [service.share for service in self.services.values()])
+        (key,) = (
+            self.services
+            if len(self.services) == 1
+            else self.rng.choices(list(self.services), [service.share for service in self.services.values()])
+        )
         writes = self.services[key].writes
         resendable = not writes or self.rng.random() >= writes
         self._admit(Request(Want(resendable=resendable, key=key), self.now))
@@ -173,7 +178,7 @@ class Simulation:
 
     def _start(self, request: Request, grant: Lease | Refusal) -> None:
         if isinstance(grant, Refusal):
-            self.lost += 1
+            self._lose(request)
             return
         request.attempts += 1
         number = self._numbers[grant.endpoint.url]
@@ -225,7 +230,11 @@ class Simulation:
         if isinstance(decision, Again):
             self._at(now + decision.wait, lambda: self._admit(request))
         else:
-            self.lost += 1
+            self._lose(request)
+
+    def _lose(self, request: Request) -> None:
+        self.lost += 1
+        self.lost_of[request.want.key] += 1
 
     # --- what is asked of a run
 
@@ -237,9 +246,13 @@ class Simulation:
         elif isinstance(event, events.BreakerChanged) and event.after == "open":
             self.opened.append(event)
 
-    def share(self, number: int, start: float, end: float, *, probes: bool = True) -> float:
-        """Share of the picks of a span that went to one endpoint."""
-        picks = [(who, why) for at, who, why in self.picks if start <= at < end]
+    def share(self, number: int, start: float, end: float, *, probes: bool = True, key: str | None = None) -> float:
+        """Share of the picks of a span (for one service) that went to one endpoint."""
+        picks = [
+            (who, why)
+            for (at, who, why), service in zip(self.picks, self.keys, strict=True)
+            if start <= at < end and key in (None, service)
+        ]
         return sum(who == number and (probes or why != "probe") for who, why in picks) / max(1, len(picks))
 
     def out_now(self) -> Counter[str]:

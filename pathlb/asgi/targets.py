@@ -1,0 +1,145 @@
+"""Request targets: what of a path is for the gateways, its bytes untouched."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from urllib.parse import quote, unquote_to_bytes
+
+from ..core.errors import ConfigError
+from .headers import BadRequest
+from .types import Scope
+
+_PATH_SAFE = "/!$&'()*+,;=:@-._~"
+_TARGET = re.compile(rb"[\x21-\x7e]+").fullmatch
+_DOTS = re.compile(rb"/(?:\.|%2[eE]){2}(?:/|\Z)").search
+_DOT = re.compile(rb"%2[eE]")
+_KEPT = 1_000
+_LONGEST_KEPT = 200
+
+
+class Prefix:
+    """Whole segments at the beginning of a path, found however it is percent-encoded."""
+
+    def __init__(self, path: str) -> None:
+        """`path` as in a URL."""
+        self.plain = path.rstrip("/").encode("ascii")
+        self._encoded = re.compile(b"".join(_either(byte) for byte in unquote_to_bytes(self.plain))).match
+
+    def end(self, target: bytes) -> int:
+        """Where the rest of the target begins; -1 when it does not begin with this prefix."""
+        end = len(self.plain)
+        if not target.startswith(self.plain):
+            found = self._encoded(target) if b"%" in target else None
+            if found is None:
+                return -1
+            end = found.end()
+        return end if target[end : end + 1] in (b"", b"/", b"?") else -1
+
+
+class Targets:
+    """The targets of one app. `rewrite` is a prefix, and what to put in its place. Raises `ConfigError`."""
+
+    def __init__(self, rewrite: tuple[str, str] | None) -> None:
+        self._rewrite: tuple[Prefix, bytes] | None = None
+        if rewrite is not None:
+            if not isinstance(rewrite, tuple) or len(rewrite) != 2:
+                raise ConfigError("Gateway.rewrite", f"must be (prefix, replacement), not {rewrite!r}")
+            for part in rewrite:
+                check_path("Gateway.rewrite", part)
+            self._rewrite = Prefix(rewrite[0]), rewrite[1].rstrip("/").encode("ascii")
+        # A gateway sees few paths (one, of JSON-RPC) and mounts again and again.
+        self._paths: dict[tuple[bytes, str], bytes] = {}
+        self._mounts: dict[str, Prefix] = {}
+
+    def of(self, scope: Scope) -> bytes:
+        """Path and query as they came, less the prefix the app is mounted at, and rewritten. Raises `BadRequest`."""
+        raw: bytes = scope.get("raw_path") or quote(scope["path"], safe=_PATH_SAFE).encode("ascii")
+        mount: str = scope.get("root_path", "")
+        path = self._paths.get((raw, mount))
+        if path is None:
+            path = self._path(raw, mount)
+            if len(raw) + len(mount) <= _LONGEST_KEPT:
+                _make_room(self._paths)
+                self._paths[raw, mount] = path
+        query: bytes = scope.get("query_string", b"")
+        return path + b"?" + _check(query) if query else path
+
+    def _path(self, raw: bytes, mount: str) -> bytes:
+        path = _check(raw.partition(b"?")[0])  # some servers leave the query on it
+        if not path.startswith(b"/"):
+            # Absolute form, most likely: the host is not the caller's to choose.
+            raise BadRequest("the request target must be a path")
+        if mount:
+            path = strip(self._mount(mount), path)
+        check_inside(path)
+        if self._rewrite is not None:
+            prefix, replacement = self._rewrite
+            end = prefix.end(path)
+            if end >= 0:
+                check_inside(path[end:])
+                path = replacement + path[end:] or b"/"
+        return path
+
+    def _mount(self, path: str) -> Prefix:
+        mount = self._mounts.get(path)
+        if mount is None:
+            _make_room(self._mounts)
+            mount = self._mounts[path] = Prefix(quote(path, safe=_PATH_SAFE))
+        return mount
+
+
+def strip(prefix: Prefix, target: bytes) -> bytes:
+    """The target without a prefix, if it has it."""
+    end = prefix.end(target)
+    if end <= 0:
+        return target
+    rest = target[end:]
+    return rest if rest.startswith(b"/") else b"/" + rest
+
+
+def check_inside(target: bytes) -> None:
+    """A path that climbs out of where it begins would lead the gateways behind what was taken off, or put, in front.
+
+    Raises `BadRequest`.
+    """
+    path = target.partition(b"?")[0]
+    if not _DOTS(path):
+        return
+    depth = 0
+    for segment in _DOT.sub(b".", path).split(b"/"):
+        if segment == b"..":
+            depth -= 1
+        elif segment not in (b".", b""):  # some servers take // for /
+            depth += 1
+        if depth < 0:
+            raise BadRequest("the path leads out of its root")
+
+
+def check_path(name: str, path: object) -> None:
+    """Raise `ConfigError` for what cannot begin a path."""
+    if not isinstance(path, str) or not path.startswith("/") or not _TARGET(path.encode("utf-8", "replace")):
+        raise ConfigError(name, f"{path!r} is not the beginning of a path: it begins with / and is percent-encoded")
+    if "?" in path or "#" in path:
+        raise ConfigError(name, f"{path!r} is more than a path")
+
+
+def _check(part: bytes) -> bytes:
+    if not _TARGET(part):
+        raise BadRequest("the request target contains what must be percent-encoded")
+    if b"#" in part:
+        raise BadRequest("the request target has a fragment")
+    return part
+
+
+def _either(byte: int) -> bytes:
+    """A byte of a path, plain or percent-encoded; the slash only plain, for encoded it separates nothing."""
+    if byte == ord("/"):
+        return b"/"
+    encoded = b"%%(?i:%02x)" % byte
+    return b"(?:%b|%b)" % (re.escape(bytes([byte])), encoded) if 0x20 < byte < 0x7F and byte != ord("%") else encoded
+
+
+def _make_room(known: dict[Any, Any]) -> None:
+    if len(known) >= _KEPT:
+        known.clear()

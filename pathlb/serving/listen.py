@@ -1,0 +1,43 @@
+"""Listening sockets, and what to say when there is none to be had."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from .checks import Address
+from .server import BACKLOG
+
+_HINTS = {
+    errno.EADDRINUSE: "; another process listens there",
+    errno.EACCES: "; ports below 1024 are for root, or for CAP_NET_BIND_SERVICE",
+    errno.EADDRNOTAVAIL: "; this machine has no such address",
+}
+
+
+def listen(address: Address) -> socket.socket:
+    """A socket that listens on `address`, for this process and those that inherit it. Raises `OSError`."""
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as exc:
+        raise OSError(f"cannot listen on {address}: {exc.strerror}") from None
+    # Of a name with both kinds of addresses the IPv4 one: `localhost` is 127.0.0.1 to everybody.
+    family, kind, protocol, _, where = min(found, key=lambda one: one[0] != socket.AF_INET)
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if address.host == "::":
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        listener.bind(where)
+        listener.listen(BACKLOG)
+    except OSError as exc:
+        listener.close()
+        hint = _HINTS.get(exc.errno or 0, "")
+        raise OSError(f"cannot listen on {address}: {exc.strerror}{hint}") from None
+    return listener
+
+
+def address_of(listener: socket.socket) -> Address:
+    """Where it listens; the port is known by now."""
+    host, port = listener.getsockname()[:2]
+    return Address(host, port)
