@@ -68,6 +68,8 @@ class Exchange:
         """Of `receive`."""
         self.said: list[Message] = []
         """What the app has said."""
+        self.size = 0
+        """Bytes of a reply body that have been taken."""
         self.taken = math.inf
         """Bytes of a reply body that are taken before its sender has to wait."""
         self.failure: Exception | None = None
@@ -99,9 +101,11 @@ class Exchange:
 
     async def send(self, message: Message) -> None:
         await anyio.lowlevel.checkpoint()
-        while len(self.body) + len(message.get("body", b"")) > self.taken and not self._left.is_set():
+        size = len(message.get("body", b""))
+        while self.size + size > self.taken and not self._left.is_set():
             await self._news.wait()
         if not self._left.is_set():
+            self.size += size
             self.said.append(message)
         self._tell()
 

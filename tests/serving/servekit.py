@@ -22,6 +22,8 @@ from typing import Any
 
 import httpx
 
+from pathlb.asgi.types import Message
+
 ROOT = Path(__file__).parents[2]
 PATIENCE = 20.0
 CALL = b'{"jsonrpc":"2.0","id":1,"method":"eth_blockNumber","params":[]}'
@@ -216,3 +218,11 @@ def taken_port() -> Iterator[int]:
     """A port on which somebody listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
+
+
+async def ignore(message: Message) -> None:
+    """A caller that takes everything."""
+
+
+async def nothing() -> Message:
+    return {"type": "http.request", "body": b"", "more_body": False}

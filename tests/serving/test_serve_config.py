@@ -308,3 +308,10 @@ def test_endpoints_come_from_one_place(tmp_path: Path, capsys: pytest.CaptureFix
 def test_built_in_code_the_setting_is_named() -> None:
     with pytest.raises(ConfigError, match=r"^limits\.queue: must be at least 0"):
         ServeConfig(endpoints=(Endpoint("http://a"),), limits={"queue": -1})
+
+
+def test_the_example_has_it_right() -> None:
+    """examples/pathlb.toml, which documents every setting."""
+    path = Path(__file__).parents[2] / "examples" / "pathlb.toml"
+    config = read(path.read_text(), str(path))
+    assert (config.workers, config.profile, len(config.endpoints)) == (2, "path", 2)
