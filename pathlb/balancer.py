@@ -63,9 +63,8 @@ class Balancer:
     - `classifier`: what replies and failures mean (default `HTTPClassifier`, with the statuses of `retry`);
     - `jsonrpc`: what JSON-RPC methods in a POST mean for sending it twice, and more (default: bodies are just bytes);
     - `block_height`: prefer endpoints that are not behind (default None: not asked);
-    - `profile`: `"path"` or a `PATHProfile` gives the four above their values for PATH where they are left out;
-    - `idempotent`: what may be sent twice beside the idempotent methods and requests with an Idempotency-Key:
-      a bool, or a function of the HTTP library's request that answers a bool, or None for no opinion;
+    - `profile`: `"path"` or a `PATHProfile` gives these, the connections and the timeouts their values for PATH where
+      they are left out;
     - `telemetry`: spans and metrics through the OpenTelemetry API (default on; costs next to nothing without an SDK);
     - `upstream`: makes the way to an endpoint (default `Upstreams()`: pathlb's own connections on asyncio);
     - `clock` (monotonic seconds) and `rng` are for tests and simulations.
@@ -374,14 +373,14 @@ class Balancer:
 
     def _start_ticking(self, runner: Runner) -> None:
         self._ticking = True
-        self._engine.tick(self._clock())
         runner.tick(TICK, self._tick)
+        self._engine.tick(self._clock())
 
     def _tick(self) -> bool:
         assert self._runner is not None  # a tick comes from it
-        for inner in self._ends.collect():
-            self._runner.spawn(partial(close_quietly, inner), finish=True)
         try:
+            for inner in self._ends.collect():
+                self._runner.spawn(partial(close_quietly, inner), finish=True)
             self._engine.tick(self._clock())
         except Exception:  # a bug, or a policy's: without ticks nothing would ever time out again
             logger.exception("a tick of the pathlb engine failed")

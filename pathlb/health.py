@@ -118,7 +118,10 @@ class Prober:
         if self._config.block_height is None:
             return None
         try:
-            return self._config.block_height(key, body)
+            height = self._config.block_height(key, body)
+            if height is not None and type(height) is not int:
+                raise TypeError(f"a block height is an int, not {height!r}")
+            return height
         except Exception:  # the caller's; a probe must not end with it
             logger.exception("Health.block_height failed on an answer about %r", key)
             return None
@@ -142,14 +145,16 @@ class Prober:
         with anyio.move_on_after(limit):
             try:
                 reply = await self._upstreams[state.url].send(request, [])
-                body = b""
+                body = bytearray()
                 try:
                     async for part in reply.body:
-                        body = (body + part)[:_READ]
+                        body += part
+                        if len(body) >= _READ:
+                            break  # closing it ends the connection
                 finally:
                     with anyio.CancelScope(shield=True):
                         await reply.body.aclose()
-                answer = _Answer(reply.status, f"status {reply.status}", body)
+                answer = _Answer(reply.status, f"status {reply.status}", bytes(body))
             except PathlbError as exc:
                 answer = _Answer(None, str(exc))
             except Exception as exc:  # a foreign transport's own; a probe must not end with it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +11,7 @@ from .core.config import BlockHeight, Limits
 from .core.errors import ConfigError
 from .exchange import Headers, Request, Timeouts
 from .jsonrpc import JSONRPC
+from .jsonrpc.text import parse_answer
 from .upstream.http1 import Pool
 
 RPC_TYPES = ("json_rpc", "rest", "comet_bft", "websocket", "grpc")
@@ -102,7 +102,7 @@ class PATHProfile:
 def perceived_height(service: str, body: bytes) -> int | None:
     """The block height in PATH's detailed readiness answer; None when it says nothing of it."""
     try:
-        height = json.loads(body)["services"][service]["perceived_block_height"]
+        height = parse_answer(body)["services"][service]["perceived_block_height"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return height if isinstance(height, int) and not isinstance(height, bool) else None

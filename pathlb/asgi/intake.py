@@ -55,7 +55,8 @@ class Intake:
                 held.append(await self._next())
         finally:
             self.seen = held[0] if len(held) == 1 else b"".join(held)
-        return self.seen if self.ended and self._size <= REPLAYED else OneShotBody(self._rest())
+        short = self._size <= REPLAYED
+        return self.seen if short and self.ended else OneShotBody(self._rest())
 
     async def _next(self) -> bytes:
         message: Message = await self._receive()

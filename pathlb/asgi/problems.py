@@ -19,6 +19,7 @@ from ..errors import (
     UpstreamError,
 )
 from ..exchange import Headers
+from ..jsonrpc.text import parse_answer
 from .headers import BadRequest
 
 
@@ -114,7 +115,7 @@ def _read_calls(body: bytes) -> _Calls | None:
     if b'"jsonrpc"' not in body:
         return None
     try:
-        request = json.loads(body)
+        request = parse_answer(body)
     except (ValueError, RecursionError):
         # Broken, or only its beginning is known. What answers has to have an id, and null says that it is unknown.
         return _Calls([None], batch=False) if body.lstrip()[:1] in (b"{", b"[") else None

@@ -18,6 +18,8 @@ LOOKED_INTO = 8_192
 """Bytes of a body that may be looked into. Errors are short: a longer 200 is a result."""
 
 _VERDICT = Outcome(Cause.REQUEST)
+_SAID_BY_HTTP = frozenset({429, 502, 503, 504})
+"""Statuses that speak for themselves, whatever error object a proxy puts with them (proxyd: -32011, -32012, -32015)."""
 
 DEFAULT_CODES: Mapping[int, Outcome] = {
     -32603: Outcome(Cause.BEYOND, retry=True, detail="JSON-RPC internal error"),
@@ -28,8 +30,8 @@ DEFAULT_CODES: Mapping[int, Outcome] = {
 
 
 class JSONRPCClassifier(HTTPClassifier):
-    """For JSON-RPC services of any kind. An error object is the service's verdict, whatever the status it comes with:
-    the endpoint works, and another would say the same. `codes` says which ones mean something else (on top of
+    """For JSON-RPC services of any kind. An error object is the service's verdict, even with a 500: the endpoint works,
+    and another would say the same. `codes` says which ones mean something else (on top of
     `DEFAULT_CODES`); `statuses` are the HTTP statuses worth another endpoint when there is no error object.
 
     Only bodies of up to 8 KiB whose length is known are looked into, and of batches none.
@@ -50,9 +52,11 @@ class JSONRPCClassifier(HTTPClassifier):
         error = error_of(reply, body)
         if error is None:
             return self.by_head(reply)
-        outcome = self._codes.get(error["code"], _VERDICT)
+        by_head = self.by_head(reply)
+        outcome = self._codes.get(error["code"], by_head if reply.status in _SAID_BY_HTTP else _VERDICT)
         detail = outcome.detail or f"JSON-RPC error {error['code']}"
-        return replace(outcome, status=reply.status, detail=f"{reply.status}, {detail}")
+        retry_after = by_head.retry_after if outcome.cause is Cause.OVERLOAD else outcome.retry_after
+        return replace(outcome, status=reply.status, retry_after=retry_after, detail=f"{reply.status}, {detail}")
 
 
 def error_of(reply: Reply, body: bytes) -> dict[str, Any] | None:

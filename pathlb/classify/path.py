@@ -19,6 +19,8 @@ from .jsonrpc import LOOKED_INTO, error_of
 _ANSWERS_KEPT = 1_000
 _OWN_CODES = (-31001, -31002)
 """Of errors PATH itself made: no answer of a supplier to pass on (qos/jsonrpc/errors.go)."""
+_BATCH_LIMIT = 5_500
+"""Items PATH takes in a batch by default (max_batch_payloads); beyond it says no more than that nothing answered."""
 _TOO_LARGE = "request body exceeds"
 _NO_RESPONSE = "Failed to receive any response"
 _NO_RESPONSES = "protocol-level error: no endpoint responses received"
@@ -181,10 +183,11 @@ class PATHClassifier(HTTPClassifier):
         why = str(data.get("error", "")) if isinstance(data, dict) else ""
         # A stream may be one too.
         batch = not isinstance(request.body, bytes) or request.body.lstrip()[:1] == b"["
+        oversized = not isinstance(request.body, bytes) or (batch and request.body.count(b"{") > _BATCH_LIMIT)
         unanswered = message.startswith(_NO_RESPONSE) or why.startswith(_NO_RESPONSES)
-        if why.startswith(_TOO_LARGE) or (batch and unanswered):
+        if why.startswith(_TOO_LARGE) or (oversized and unanswered):
             return Outcome(Cause.REQUEST, status=status, detail=f"{status}, larger than PATH takes", relays=0)
-        if message.startswith(_BATCH_INCOMPLETE):
+        if message.startswith(_BATCH_INCOMPLETE) or (batch and unanswered):
             return self._suppliers(status, answer, f"{status}, some items of the batch had no answer")
         if why.startswith(_RELAYED):
             return self._suppliers(status, answer, f"{status}, {why}")

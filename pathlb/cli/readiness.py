@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..jsonrpc.text import parse_answer
 from ..profile import perceived_height
 
 _QUOTED = 200  # characters of what PATH says that are repeated
@@ -27,7 +27,7 @@ class Readiness:
 def read_readiness(service: str, body: bytes) -> Readiness | None:
     """The readiness in PATH's answer; None when it is not PATH's."""
     try:
-        said = json.loads(body)
+        said = parse_answer(body)
         told = said["services"][service] if "services" in said else said
         ready, error = told["ready"], told.get("error") or said.get("message") or ""
         endpoints, session = told.get("endpoint_count", 0), told.get("has_session", False)

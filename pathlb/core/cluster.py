@@ -258,6 +258,8 @@ class Cluster:
         scoped = _is_scoped(outcome)
         if not scoped:
             lease.endpoint.last_failed = now
+        elif lease.scope is not None:
+            lease.scope.last_failed = now
         if lease.set_aside:
             return
         sample = Sample(running, True, None, lease.key)
@@ -378,8 +380,9 @@ class Cluster:
     ) -> None:
         due = -math.inf
         if after is BreakerState.OPEN:
-            due = (state if key is None else state.scopes[key]).breaker.reopens_at
-            state.last_failed = now
+            scope = state if key is None else state.scopes[key]
+            due = scope.breaker.reopens_at
+            scope.last_failed = now
             state.counts.breaker_opens += before is BreakerState.CLOSED
             self.condemned.append((state, key))
         elif after is BreakerState.CLOSED:
@@ -404,7 +407,7 @@ class Cluster:
         ejection.until = now + seconds
         ejection.forget_at = math.inf
         ejection.slow_since = ejection.stalled_since = None
-        state.last_failed = now
+        scope.last_failed = now
         state.counts.ejections += 1
         if key is not None:
             state.recent.forget(key)  # of what the service did, it must not be accused as a whole

@@ -124,12 +124,12 @@ def _behind(ready: list[EndpointState], key: str | None, heights: BlockHeight) -
     return [state for state in ready if state.url in spared]
 
 
-def least_recently_failed(states: Iterable[EndpointState]) -> list[EndpointState]:
+def least_recently_failed(states: Iterable[EndpointState], key: str | None = None) -> list[EndpointState]:
     """Those whose last failure is longest ago. Within one second they count as equal, so that in a full outage the
     load is still spread.
     """
     ranked: dict[float, list[EndpointState]] = {}
     for state in states:
-        failed = state.last_failed
+        failed = max(scope.last_failed for scope in scopes_of(state, key))
         ranked.setdefault(failed if math.isinf(failed) else float(int(failed)), []).append(state)
     return ranked[min(ranked)]

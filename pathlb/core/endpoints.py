@@ -52,7 +52,6 @@ class EndpointState(Scope):
         "counts",
         "endpoint",
         "in_flight",
-        "last_failed",
         "latency",
         "overload_streak",
         "ramp_from",
@@ -79,7 +78,6 @@ class EndpointState(Scope):
         """Overload answers in a row."""
         self.ramp_from: float | None = None
         """When its slow start began; None at full weight."""
-        self.last_failed = -math.inf
         self.reported_load: ReportedLoad | None = None
         """What it said last of its own load."""
         self.report_due = -math.inf

@@ -36,6 +36,12 @@ _PROBE_PATIENCE = 4  # times its usual latency a probe is waited for at least, h
 _PICKED, _OBSERVED, _RELEASED = LeaseState.PICKED, LeaseState.OBSERVED, LeaseState.RELEASED
 
 
+def _may_serve(state: EndpointState, key: str | None) -> bool:
+    """Whether an endpoint, in service or not, is not known to fail this service."""
+    scope = state.scopes.get(key) if key is not None else None
+    return scope is None or scope.in_service
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """No lease, and none to wait for. `queue_full` tells the two reasons apart; `why` is for people; `error` is what a
@@ -206,7 +212,9 @@ class Engine:
             resendable=lambda: want.resendable,
             replayable=replayable,
             paid=lease.given_up,
-            hopeless=lease.panic and outcome.cause is Cause.SERVICE,
+            hopeless=lease.panic
+            and outcome.cause is Cause.SERVICE
+            and not any(_may_serve(state, want.key) for state in pool if state not in want.tried),
             once_spent=want.once_spent,
             eligible=bool(pool),
             untried=any(state not in want.tried for state in pool),

@@ -66,7 +66,7 @@ class Picker:
         candidates = [state for state in free if state.url not in want.avoid] or free
         candidates = [state for state in candidates if state not in view.throttled] or candidates
         if panic:
-            group = least_recently_failed(candidates)
+            group = least_recently_failed(candidates, want.key)
             return Choice(self.by_policy(group), "panic", len(group), panic=True)
         reason = "pinned" if want.pin is not None else self.reason(candidates)
         return Choice(self.by_policy(candidates), reason, len(candidates))

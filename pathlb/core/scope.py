@@ -33,7 +33,7 @@ class Ejection:
 class Scope:
     """Breaker, health, ejection and load of one scope; the endpoint's own counts what its services do as well."""
 
-    __slots__ = ("breaker", "ejection", "health", "height", "height_until", "recent", "waiting")
+    __slots__ = ("breaker", "ejection", "health", "height", "height_until", "last_failed", "recent", "waiting")
 
     breaker: CircuitBreaker
     """Set right after construction: its callback needs this object."""
@@ -44,6 +44,8 @@ class Scope:
         self.recent = RecentOutcomes()
         self.waiting: dict[Lease, None] = {}
         """Leases without a reply head, oldest first."""
+        self.last_failed = -math.inf
+        """Clock reading."""
         self.height: int | None = None
         """Block height last seen, None when that is too long ago."""
         self.height_until = math.inf

@@ -584,7 +584,6 @@ def test_several_services_are_chosen_from(convert: Convert, refuse: Callable[...
         ("a: 1\nb: !python/object:os.system x", "t.yml:2: could not determine a constructor"),
         ("a: &x\n  b: *x", "t.yml:2: a.b: its aliases"),
         ("a: &x\n  - *x", "t.yml:1: a[0]: its aliases"),
-        ("[" * 5000, "t.yml: is nested too deeply"),
         ("providers: {file: {filename: d.yml}}", "t.yml: has no loadBalancer service: it is the static configuration"),
         (
             "services:\n a:\n  labels:\n   - traefik.http.services.x.loadbalancer.passhostheader=true",

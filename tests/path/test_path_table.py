@@ -287,7 +287,7 @@ TABLE: dict[str, list[Case]] = {
             "batch for Solana",
             not_relayed(500, path_error("protocol-level error: no endpoint responses received", id=None)),
             500,
-            ask=batch,
+            ask=oversized_batch,
         ),
     ],
     '400 / -32600, 400 {"code":400,...}, 404, 405 | request | no | no': [
