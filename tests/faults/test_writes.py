@@ -20,11 +20,7 @@ from pathlb import Breaker, Outlier, PATHProfile, Retry, SlowStart, TransportUps
 from pathlb.core.model import Sent
 from pathlb.testing import Fleet, FleetGateway, Mode, ServiceMode, ServiceTime
 
-pytestmark = [
-    pytest.mark.anyio,
-    # httpcore leaves the iterator of a request body behind when writing it fails, and trio tells of that.
-    pytest.mark.filterwarnings("ignore:Async generator 'httpx.*ByteStream:ResourceWarning"),
-]
+pytestmark = pytest.mark.anyio
 
 PROFILE = PATHProfile(services=["eth"])
 HANGS = 0.25
