@@ -52,8 +52,9 @@ class Gateway:
     - `name`: what it calls itself in Via; a request that has been here before is refused. Workers of one service
       should share a name (default: one by chance).
 
-    Bodies of up to 64 KiB can be sent again elsewhere; longer ones stream, both ways, at the pace of the slower side. A
-    caller that leaves cancels its request. Raises `ConfigError`.
+    Bodies of up to 64 KiB can be sent again elsewhere; longer ones stream, both ways, at the pace of the slower side:
+    for a request whose body streams the balancer's timeouts hold, and not its deadline. A caller that leaves cancels
+    its request. Raises `ConfigError`.
     """
 
     def __init__(
@@ -252,7 +253,7 @@ class Gateway:
 
     def _fields(self, reply: Reply) -> Headers:
         """Those of the reply as they are for the caller. Raises `BadReply`."""
-        headers = self._response_rules.apply(read_reply(reply.headers, reply.status))
+        headers = self._response_rules.apply(read_reply(reply.headers, reply.status, self._known))
         if self._tell:
             headers = [*(pair for pair in headers if pair[0] not in _TOLD), *_told(reply.attempts)]
         return headers

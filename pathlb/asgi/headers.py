@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from itertools import chain
 from typing import NamedTuple
 
 from ..exchange import Headers
@@ -66,6 +65,7 @@ _NEVER_NOMINATED = frozenset(
     | {b"content-length"}
 )
 """What nobody may have taken out by naming it in Connection: it is meant for all who see the message."""
+_NUL, _LF, _CR = b"\0\n\r"  # as numbers: looking for those is a tenth of the work
 _USUAL = frozenset({b"keep-alive", b"close"})
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch
 _HOST = re.compile(rb"[A-Za-z0-9\-._~%!$&'()*+,;=:\[\]]+").fullmatch
@@ -79,7 +79,9 @@ class Known:
 
     def __init__(self) -> None:
         self.plain: set[bytes] = set()
-        """Names of fields that are passed on as they are."""
+        """Names of request fields that are passed on as they are."""
+        self.lower: dict[bytes, bytes] = {}
+        """The same of reply fields, as gateways spell them, and in lower case."""
         self._hosts: set[bytes] = set()
 
     def check_name(self, name: bytes) -> None:
@@ -103,9 +105,8 @@ def read_request(raw: Iterable[tuple[bytes, bytes]], known: Known, version: str 
     """Check the fields of a request and take out what concerns this hop only. Raises `BadRequest`."""
     if type(raw) is not list:
         raw = list(raw)
-    everything = b"".join(chain.from_iterable(raw))
-    if b"\n" in everything or b"\r" in everything or b"\0" in everything:
-        raise BadRequest("a field contains a line break or a NUL")
+    if _breaks_lines(raw):
+        raise BadRequest("a field value contains a line break or a NUL")
     # Nearly all fields are passed on, and nearly always they have been seen before.
     plain = known.plain
     headers = [pair for pair in raw if pair[0] in plain]
@@ -156,26 +157,14 @@ def read_request(raw: Iterable[tuple[bytes, bytes]], known: Known, version: str 
     return Framing(headers, host, length, open_ended, via, told, upgrade and not multiplexed, trailers)
 
 
-def read_reply(raw: Headers, status: int) -> Headers:
+def read_reply(raw: Headers, status: int, known: Known) -> Headers:
     """The fields of a reply that are for the caller, names in lower case as ASGI wants them. Raises `BadReply`."""
-    everything = b"".join(chain.from_iterable(raw))
-    if b"\n" in everything or b"\r" in everything or b"\0" in everything:
-        raise BadReply("a field contains a line break or a NUL")
-    headers: Headers = []
-    nominated: list[bytes] = []
-    chunked = False
-    for name, value in raw:
-        name = name.lower()
-        if name not in _HOP_BY_HOP:
-            headers.append((name, value))
-        elif name == b"connection":
-            nominated.append(value)
-        elif name == b"transfer-encoding":
-            chunked = True
-    if chunked and any(name == b"content-length" for name, _ in headers):
-        raise BadReply("Content-Length and Transfer-Encoding exclude each other")
-    if nominated:
-        headers = _less_nominated(headers, nominated)
+    if _breaks_lines(raw):
+        raise BadReply("a field value contains a line break or a NUL")
+    lower = known.lower
+    headers = [(lower[name], value) for name, value in raw if name in lower]
+    if len(headers) < len(raw):
+        headers = _less_hop_by_hop(raw, lower)
     if status in _BODILESS:
         # In a 204 there must be none. That of a 304 is about what is not sent, and servers would wait for it.
         headers = [pair for pair in headers if pair[0] != b"content-length"]
@@ -199,6 +188,12 @@ def is_host(text: str) -> bool:
     return _HOST(text.encode("utf-8", "replace")) is not None
 
 
+def _breaks_lines(raw: Headers) -> bool:
+    """Whether a value would end its line. Names are looked at when they are first seen."""
+    values = b"".join([value for _, value in raw])
+    return _LF in values or _CR in values or _NUL in values
+
+
 def _length(known: int | None, value: bytes) -> int:
     # A list of equal values is one value (RFC 9110, 8.6); anything else smuggles.
     texts = {value} if value.isdigit() else {part.strip() for part in value.split(b",")}
@@ -215,6 +210,27 @@ def _check_coding(coding: list[bytes], length: int | None, version: str) -> None
         raise BadRequest("the only Transfer-Encoding taken is chunked")
     if version in ("1.0", "1"):
         raise BadRequest("HTTP/1.0 has no Transfer-Encoding")
+
+
+def _less_hop_by_hop(raw: Headers, known: dict[bytes, bytes]) -> Headers:
+    headers: Headers = []
+    nominated: list[bytes] = []
+    chunked = False
+    for spelt, value in raw:
+        name = spelt.lower()
+        if name not in _HOP_BY_HOP:
+            if not _TOKEN(name):
+                raise BadReply("a field name is malformed")
+            headers.append((name, value))
+            if len(known) < _KEPT and len(name) <= _LONGEST_KEPT:
+                known[spelt] = name
+        elif name == b"connection":
+            nominated.append(value)
+        elif name == b"transfer-encoding":
+            chunked = True
+    if chunked and any(name == b"content-length" for name, _ in headers):
+        raise BadReply("Content-Length and Transfer-Encoding exclude each other")
+    return _less_nominated(headers, nominated) if nominated else headers
 
 
 def _tokens(values: list[bytes]) -> set[bytes]:

@@ -14,6 +14,7 @@ _PATH_SAFE = "/!$&'()*+,;=:@-._~"
 _TARGET = re.compile(rb"[\x21-\x7e]+").fullmatch
 _DOTS = re.compile(rb"/(?:\.|%2[eE]){2}(?:/|\Z)").search
 _DOT = re.compile(rb"%2[eE]")
+_SLASH = ord("/")
 _KEPT = 1_000
 _LONGEST_KEPT = 200
 
@@ -24,17 +25,27 @@ class Prefix:
     def __init__(self, path: str) -> None:
         """`path` as in a URL."""
         self.plain = path.rstrip("/").encode("ascii")
-        self._encoded = re.compile(b"".join(_either(byte) for byte in unquote_to_bytes(self.plain))).match
+        self._decoded = unquote_to_bytes(self.plain)
 
     def end(self, target: bytes) -> int:
         """Where the rest of the target begins; -1 when it does not begin with this prefix."""
         end = len(self.plain)
         if not target.startswith(self.plain):
-            found = self._encoded(target) if b"%" in target else None
-            if found is None:
+            end = self._end_encoded(target) if b"%" in target else -1
+        return end if end >= 0 and target[end : end + 1] in (b"", b"/", b"?") else -1
+
+    def _end_encoded(self, target: bytes) -> int:
+        at = 0
+        for byte in self._decoded:
+            if target[at : at + 1] != b"%":
+                if target[at : at + 1] != bytes((byte,)):
+                    return -1
+                at += 1
+            elif byte != _SLASH and target[at + 1 : at + 3].lower() == b"%02x" % byte:
+                at += 3  # an encoded slash separates nothing
+            else:
                 return -1
-            end = found.end()
-        return end if target[end : end + 1] in (b"", b"/", b"?") else -1
+        return at
 
 
 class Targets:
@@ -84,8 +95,10 @@ class Targets:
     def _mount(self, path: str) -> Prefix:
         mount = self._mounts.get(path)
         if mount is None:
-            _make_room(self._mounts)
-            mount = self._mounts[path] = Prefix(quote(path, safe=_PATH_SAFE))
+            mount = Prefix(quote(path, safe=_PATH_SAFE))
+            if len(path) <= _LONGEST_KEPT:
+                _make_room(self._mounts)
+                self._mounts[path] = mount
         return mount
 
 
@@ -130,14 +143,6 @@ def _check(part: bytes) -> bytes:
     if b"#" in part:
         raise BadRequest("the request target has a fragment")
     return part
-
-
-def _either(byte: int) -> bytes:
-    """A byte of a path, plain or percent-encoded; the slash only plain, for encoded it separates nothing."""
-    if byte == ord("/"):
-        return b"/"
-    encoded = b"%%(?i:%02x)" % byte
-    return b"(?:%b|%b)" % (re.escape(bytes([byte])), encoded) if 0x20 < byte < 0x7F and byte != ord("%") else encoded
 
 
 def _make_room(known: dict[Any, Any]) -> None:

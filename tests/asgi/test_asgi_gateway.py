@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from pathlb import Balancer, ConfigError, Limits
+from pathlb import JSONRPC, Balancer, ConfigError, Limits
 from pathlb.asgi import Gateway, Route, intake, watch
 from pathlb.asgi.gateway import BrokenOff
 from pathlb.asgi.types import ASGIApp, Message
@@ -153,6 +154,28 @@ class TestTargets:
             Gateway(routes=[Route(balancer, path="/rpc", strip=True)]),
         ):
             assert (await Exchange(target).run(app)).status == 400
+        assert upstream.count == 0
+
+    @pytest.mark.parametrize(
+        "scope",
+        [
+            {"raw_path": b"/a b"},
+            {"raw_path": b"/a\r\nX: 1"},
+            {"raw_path": b"/\xe9"},
+            {"raw_path": b"/a#b"},
+            {"raw_path": b"a"},
+            {"raw_path": b"*"},
+            {"raw_path": b"http://evil.test/"},
+            {"query_string": b"a b"},
+            {"query_string": b"a#b"},
+        ],
+    )
+    async def test_what_is_no_target(
+        self, scope: dict[str, bytes], balancer: Balancer, upstream: ScriptedUpstream
+    ) -> None:
+        gateway = Gateway(balancer)
+        for _ in range(2):
+            assert (await Exchange(**scope).run(gateway)).status == 400
         assert upstream.count == 0
 
     async def test_what_is_kept_in_mind_is_bounded(self, balancer: Balancer, upstream: ScriptedUpstream) -> None:
@@ -469,6 +492,8 @@ class TestReplies:
             (200, [(b"Content-Length", b"1"), (b"Transfer-Encoding", b"chunked")]),
             (200, [(b"X", b"a\r\nSet-Cookie: evil=1")]),
             (200, [(b"X", b"a\0")]),
+            (200, [(b"X Y", b"a")]),
+            (200, [(b"X:", b"a")]),
             (101, []),
             (999, []),
         ],
@@ -489,12 +514,28 @@ class TestReplies:
         assert (await Exchange().run(Gateway(balancer))).headers == []
         await balancer.aclose()
 
+    async def test_names_are_lower_case_and_those_of_one_hop_are_left_out(self) -> None:
+        headers = [(b"X-B", b"2"), (b"Connection", b"x-mine"), (b"X-Mine", b"1"), (b"x-b", b"1"), (b"X-A", b"")]
+        balancer = balancing(ScriptedUpstream(lambda *_: Reply(200, [*headers], WholeBody(b""))))
+        gateway = Gateway(balancer)
+        for _ in range(2):
+            assert (await Exchange().run(gateway)).headers == [(b"x-b", b"2"), (b"x-b", b"1"), (b"x-a", b"")]
+        await balancer.aclose()
+
     async def test_a_bug_is_a_500_without_its_trace(self, caplog: pytest.LogCaptureFixture) -> None:
         balancer = balancing(ScriptedUpstream(lambda *_: RuntimeError("secret")))
         exchange = await Exchange().run(Gateway(balancer))
         assert exchange.status == 500
         assert b"secret" not in exchange.body
         assert "secret" in caplog.text
+        await balancer.aclose()
+
+    async def test_a_batch_that_is_too_long_for_the_gateways_is_a_413(self) -> None:
+        balancer = balancing(ScriptedUpstream(), jsonrpc=JSONRPC(max_batch=1))
+        call = b'{"jsonrpc":"2.0","id":%d,"method":"eth_chainId"}'
+        exchange = await Exchange("/", b"[%b,%b]" % (call % 1, call % 2)).run(Gateway(balancer))
+        assert exchange.status == 413
+        assert [answer["id"] for answer in json.loads(exchange.body)] == [1, 2]
         await balancer.aclose()
 
     async def test_a_closed_balancer_is_a_500(self) -> None:
