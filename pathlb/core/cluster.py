@@ -340,10 +340,10 @@ class Cluster:
 
     def _advance_scope(self, now: float, state: EndpointState, key: str | None, scope: Scope) -> float:
         scope.breaker.advance(now)
-        due = min(scope.breaker.next_change, scope.height_until)
         if now >= scope.height_until:
             scope.height, scope.height_until = None, math.inf
             self._invalidate()
+        due = min(scope.breaker.next_change, scope.height_until)
         ejection = scope.ejection
         if ejection.until is not None:
             if now < ejection.until:

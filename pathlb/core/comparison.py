@@ -2,8 +2,8 @@
 
 A service that fails on one gateway must not take that gateway's other services away, and a mix of slow and fast
 services must not make a gateway look slow. So where the traffic has several keys, endpoints are compared key by key,
-and as a whole by what is usual for each key. An endpoint is set aside as a whole when it stands out by more than one
-key, or when nothing speaks against that.
+and as a whole by what is usual for each key. An endpoint is set aside as a whole when it stands out by most of
+its traffic, or when nothing speaks against that.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from .endpoints import EndpointState
 from .outlier import UNKNOWN, Comparison, Norm, Verdict, gather, judge, norm_of, surest_first
 
 _TO_SPEAK = 5  # good outcomes of other keys in the window that speak for an endpoint
+_SPARED = 0.25  # of an endpoint's traffic: if so much goes well, it is not the endpoint
+_COINCIDENCE = 0.2  # how likely it may be that just those requests hang which were sent last
 _AT_A_TIME = 30  # scopes compared key by key in one go: the other keys have their turn the next times
 
 Finding = tuple[EndpointState, str | None, Verdict]
@@ -55,7 +57,7 @@ class Judge:
         findings: list[Finding] = []
         for state in states:
             own, verdict = accused.get(state, {}), whole.get(state)
-            if verdict is not None and not self._is_about_all(states, now, verdict, comparison.behind(verdict), own):
+            if verdict is not None and not self._is_about_most(states, now, comparison, verdict, own):
                 verdict = None
             if verdict is None and own and not _is_due_to(own, state, now - self.config.window):
                 verdict = whole.get(state) or next(iter(own.values()))
@@ -89,21 +91,28 @@ class Judge:
         norms: dict[str | None, Norm] = {key: norm for key, norm in self._norms.items() if norm.known}
         return Comparison([gather(state, now, config, without) for state in states], now, config, norms)
 
-    def _is_about_all(
+    def _is_about_most(
         self,
         states: Sequence[EndpointState],
         now: float,
+        comparison: Comparison,
         verdict: Verdict,
-        behind: Collection[str | None],
         own: Collection[str],
     ) -> bool:
-        """Whether the endpoint stands out by more than the keys accused, or than a single one."""
-        if None in behind:  # requests without a key ask for nothing but the endpoint itself
-            return True
+        """Whether the endpoint stands out for more than the keys accused, or than any one: for most of its traffic."""
+        scope = verdict.scope
         if verdict.signal == "stall":
-            return len(behind) > 1
-        without = self._as_a_whole(states, now, self._inclined, own or behind)
-        return any(other.scope is verdict.scope for other in without.verdicts())
+            hanging = comparison.hanging(scope)
+            keys = set(hanging)
+            if None in keys or len(keys) < 2:
+                return None in keys  # requests without a key ask for nothing but the endpoint itself
+            share = comparison.share(scope, keys)
+            return share > 0.5 or share ** len(hanging) < _COINCIDENCE
+        worst, spared = comparison.blame(verdict)
+        if worst is None or spared > _SPARED:
+            return worst is None
+        rest = self._as_a_whole(states, now, self._inclined, own or {worst})
+        return any(other.scope is scope for other in rest.verdicts())
 
 
 def active_keys(states: Sequence[EndpointState], since: float) -> dict[str, None]:

@@ -20,6 +20,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from statistics import fmean
 from typing import NamedTuple, TypeAlias
 
 from .config import Outlier
@@ -123,6 +124,8 @@ _USUAL_SAMPLES = 10  # replies it takes to speak of a usual latency
 _BULK = 0.95  # share of the replies that tells how long one may well take
 _LEAST_SECONDS = 1e-4  # added to each, so that what takes no time at all has a logarithm
 UNKNOWN = Norm(math.inf, math.inf)
+_LATEST = 24  # latencies by which the services are told apart that are behind a verdict
+_FEW = 3  # outcomes that say something of one of them
 _LEAST_SPREAD = 0.25  # of log latency, a quarter up or down: nobody is as regular as a few samples may look
 
 
@@ -213,19 +216,39 @@ class Comparison:
         # Not all of them may go: one that does not answer at all before one that is slow.
         return sorted(verdicts, key=surest_first)
 
-    def behind(self, verdict: Verdict) -> set[str | None]:
-        """The services a verdict is due to: all that stall; of failures or of delay, the one that has most."""
-        one = next(one for one in self._evidence if one.scope is verdict.scope)
-        if verdict.signal == "stall":
-            return {wait.key for wait in self._first_waits(one) if wait.seconds > wait.overdue_after}
-        weights: dict[str | None, float] = {}
+    # --- which services it comes from
+
+    def share(self, scope: Scope, keys: Collection[str | None]) -> float:
+        """Of its traffic, that for some services."""
+        one = self._of(scope)
+        traffic = [sample.key for sample in one.samples] or [lease.key for lease in one.waiting]
+        return sum(key in keys for key in traffic) / len(traffic)
+
+    def hanging(self, scope: Scope) -> list[str | None]:
+        """The services of the attempts that are overdue, of those sent after the last that was answered."""
+        latest = scope.recent.last_answered
+        waits = [wait for wait in self._first_waits(self._of(scope)) if self._now - wait.seconds > latest]
+        return [wait.key for wait in waits if wait.seconds > wait.overdue_after]
+
+    def blame(self, verdict: Verdict) -> tuple[str | None, float]:
+        """The service that most of the failures, or of the delay lately, is of; and what part of the traffic is for
+        services that have less than half as much of it as the endpoint has, of those that can be judged.
+        """
+        one = self._of(verdict.scope)
         if verdict.signal == "failures":
-            weighed = [(sample.key, 1.0) for sample in one.samples if sample.failed]
+            weighed = [(sample.key, float(sample.failed)) for sample in one.samples]
         else:
-            weighed = [(key, value) for _, key, value, _ in self._long_waits(one) + self._latencies(one)]
+            weighed = [(key, value) for _, key, value, _ in self._latencies(one) + self._long_waits(one)][-_LATEST:]
+        by_key: dict[str | None, list[float]] = {}
         for key, weight in weighed:
-            weights[key] = weights.get(key, 0.0) + weight
-        return {max(weights, key=weights.__getitem__)}
+            by_key.setdefault(key, []).append(weight)
+        half = fmean(weight for weights in by_key.values() for weight in weights) / 2
+        judged = [weights for weights in by_key.values() if len(weights) >= _FEW]
+        spared = sum(len(weights) for weights in judged if fmean(weights) < half)
+        return max(by_key, key=lambda key: sum(by_key[key])), spared / max(1, sum(map(len, judged)))
+
+    def _of(self, scope: Scope) -> Evidence:
+        return next(one for one in self._evidence if one.scope is scope)
 
     def _norm(self, key: str | None) -> Norm:
         return self._norms.get(key, self.rest)

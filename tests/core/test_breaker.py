@@ -255,6 +255,39 @@ def test_open_time_starts_over_only_after_a_window_spent_closed() -> None:
     assert breaker.reopens_at == pytest.approx(closed + 31)
 
 
+def test_one_failure_that_is_proof_opens_at_once() -> None:
+    breaker, changes = make()
+    breaker.observe(1.0, Mark.SUCCESS, 0, trip=True)
+    breaker.observe(1.0, Mark.IGNORE, 0, trip=True)
+    assert breaker.state is S.CLOSED
+    breaker.observe(2.0, Mark.FAILURE, 0, trip=True)
+    assert changes == [(2.0, S.CLOSED, S.OPEN, "one failure was proof")]
+    assert (breaker.consecutive_failures, breaker.opens, breaker.reopens_at) == (1, 1, 3.0)
+    breaker.observe(2.0, Mark.FAILURE, 0, trip=True)  # picked before: nothing new
+    assert len(changes) == 1
+
+
+def test_proof_of_failure_fails_the_probe() -> None:
+    breaker, _ = make(failures=1)
+    fail(breaker, 0.0, 1)
+    breaker.advance(1.0)
+    breaker.start_probe(1.0)
+    breaker.observe(1.5, Mark.FAILURE, breaker.epoch, probe=True, trip=True)
+    assert (breaker.state, breaker.reopens_at) == (S.OPEN, 3.5)
+
+
+def test_next_change() -> None:
+    breaker, _ = make(failures=1, probe_timeout=4.0)
+    seen = [breaker.next_change]
+    fail(breaker, 0.0, 1)
+    seen.append(breaker.next_change)
+    breaker.advance(1.0)
+    seen.append(breaker.next_change)
+    breaker.start_probe(1.5)
+    seen.append(breaker.next_change)
+    assert seen == [math.inf, 1.0, math.inf, 5.5]
+
+
 def test_idle_knows_nothing_worth_keeping() -> None:
     breaker, _ = make(failures=2, window=30.0)
     assert breaker.idle(0.0)
@@ -305,12 +338,14 @@ class BreakerMachine(RuleBasedStateMachine):
             with pytest.raises(IllegalEvent):
                 self.breaker.start_probe(self.now)
 
-    @rule(data=st.data(), mark=st.sampled_from(Mark))
+    @rule(data=st.data(), mark=st.sampled_from(Mark), trip=st.sampled_from([False, False, True]))
     @precondition(lambda self: self.picked)
-    def outcome(self, data: st.DataObject, mark: Mark) -> None:
+    def outcome(self, data: st.DataObject, mark: Mark, trip: bool) -> None:
         epoch, probe, panic = self.picked.pop(data.draw(st.integers(0, len(self.picked) - 1)))
         before, epoch_before = self.breaker.state, self.breaker.epoch
-        self.breaker.observe(self.now, mark, epoch, probe=probe, panic=panic)
+        self.breaker.observe(self.now, mark, epoch, probe=probe, panic=panic, trip=trip)
+        if trip and mark is Mark.FAILURE and epoch == epoch_before:
+            assert self.breaker.state in (S.OPEN, S.HALF_OPEN)
         if mark is Mark.IGNORE and not (before is S.PROBING and probe):
             assert self.breaker.epoch == epoch_before
         if epoch != epoch_before and not panic:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -117,18 +118,31 @@ def test_all_services_stand_out(signal: str) -> None:
 def test_too_little_of_each_service_but_enough_of_all() -> None:
     """Twenty services, of which none is asked for often enough to be judged by itself."""
     keys = [f"service-{number}" for number in range(20)]
-    peers = fleet(**dict.fromkeys(keys, [0.05] * 2))
+    peers = fleet()
+    for state in peers:
+        for key in keys:
+            did(state, key, *[0.05] * 3, at=NOW - 50)
+            did(state, key, *[0.05] * 2)
     slow, failing, hanging = make(0), make(0), make(0)
     for key in keys:
         did(slow, key, *[0.5] * 2)
         did(failing, key, 0.05, failed=1)
         did(hanging, key, waits=(3.0,), last_head=NOW - 9)
-    for key in keys:  # what is usual for each is remembered from longer ago
-        for _ in range(10):
-            peers[0].scopes[key].recent.add(Sample(NOW - 50, False, 0.05, key))
     assert found(slow, *peers) == [("gw0", None, "latency")]
     assert found(failing, *peers, failure_sigma=3.0) == [("gw0", None, "failures")]
     assert found(hanging, *peers) == [("gw0", None, "stall")]
+
+
+def test_what_is_usual_for_a_rare_service_is_remembered() -> None:
+    """One gets the slow ones of them alone, each too rare to tell by the last seconds what is usual for it."""
+    slow, fast = [f"slow-{number}" for number in range(12)], [f"fast-{number}" for number in range(12)]
+    peers = fleet(**dict.fromkeys(fast, [0.05] * 2))
+    for longer_ago, findings in ((0, [("gw0", None, "latency")]), (10, [])):
+        one = make(0)
+        for key in slow:
+            did(one, key, *[5.0] * longer_ago, at=NOW - 50)
+            did(one, key, *[5.0] * 2)
+        assert found(one, *peers, times=9) == findings
 
 
 def test_services_nothing_is_known_of_are_compared_as_one() -> None:
@@ -154,6 +168,14 @@ def test_a_mix_of_slow_and_fast_accuses_nobody() -> None:
     assert found(*everything) == [("gw0", None, "latency")]
 
 
+def test_slower_than_peers_by_what_is_usual_for_the_service() -> None:
+    """Ten times slower in all it does, whatever its mix; the figures are those of its own mix."""
+    peers = fleet(fast=[0.05] * 20, slow=[1.0] * 20)
+    one = did(did(make(0), "fast", *[0.5] * 9), "slow", *[10.0] * 9)
+    (finding,) = Judge(CONFIG).compare([one, *peers], NOW)
+    assert (finding[1], finding[2].why) == (None, "typically 2236 ms, the peers 224 ms")
+
+
 def test_the_floor_holds_for_a_mix_too() -> None:
     """Forty times slower, but nobody would notice."""
     one = did(did(make(0), "eth", *[0.04] * 20), "btc", *[0.04] * 20)
@@ -171,9 +193,46 @@ def test_a_service_that_fails_everywhere_accuses_nobody() -> None:
     assert found(*plain) == [("gw0", None, "failures")]
 
 
+def test_several_services_that_fail_everywhere_accuse_nobody() -> None:
+    peers = fleet(eth=FAST)
+    for state in peers:
+        did(did(state, "btc", failed=2), "doge", failed=2)
+    assert found(did(did(did(make(0), "eth", *FAST[:9]), "btc", failed=20), "doge", failed=20), *peers) == []
+
+
 def test_what_only_one_is_asked_for_is_compared_with_nothing() -> None:
-    one = did(did(make(0), "eth", *FAST), "pinned", failed=40)
-    assert found(one, *fleet(eth=FAST)) == []
+    """Or with next to nothing, which tells no more for what else the peers did."""
+    peers = fleet(eth=FAST)
+    assert found(did(did(make(0), "eth", *FAST), "pinned", failed=40), *peers) == []
+    did(did(peers[0], "pinned", 0.05), "held", 0.05)
+    assert found(did(did(did(make(0), "eth", *FAST[:6]), "pinned", failed=25), "held", failed=25), *peers) == []
+
+
+@pytest.mark.parametrize(
+    ("share", "hanging", "whole"), [(0.5, 2, False), (0.5, 3, True), (0.3, 2, True), (0.6, 2, True)]
+)
+def test_that_few_services_hang_is_told_from_that_only_they_were_asked_for(
+    share: float, hanging: int, whole: bool
+) -> None:
+    """Nothing has come back since. If only they hung, all the last requests would have been for them by coincidence."""
+    before = round(30 * share)
+    services = {"eth": before, "btc": before, "doge": 30 - before, "sol": 30 - before}
+    peers = fleet(**{key: [0.05] * count for key, count in services.items()})
+    one = make(0)
+    for key, count in services.items():
+        did(one, key, *[0.05] * count, at=NOW - 1.6)
+    for key in ["eth", "btc", "eth"][:hanging]:
+        did(one, key, waits=(1.4,))
+    assert found(one, *peers) == ([("gw0", None, "stall")] if whole else [])
+
+
+def test_services_that_hang_while_another_answers() -> None:
+    peers = fleet(eth=FAST, btc=FAST, sol=FAST)
+    one = did(did(did(make(0), "eth", *FAST[:5]), "btc", *FAST[:5]), "sol", *FAST)
+    for key in ("eth", "btc"):
+        did(one, key, waits=(3.0, 2.9), last_head=NOW - 5)
+    one.recent.last_head, one.recent.last_answered = NOW - 0.7, NOW - 0.75
+    assert found(one, *peers) == [("gw0", "eth", "stall"), ("gw0", "btc", "stall")]
 
 
 def test_a_heavy_service_that_makes_the_whole_stand_out_is_not_the_whole() -> None:
@@ -191,6 +250,15 @@ def test_a_heavy_service_that_makes_the_whole_stand_out_is_not_the_whole() -> No
     assert found(hanging, *peers) == []
     did(hanging, "light", waits=(3.0,), last_head=NOW - 9)
     assert found(hanging, *peers) == [("gw0", None, "stall")]
+
+
+@SIGNALS
+def test_requests_without_a_key_are_about_the_endpoint(signal: str) -> None:
+    peers = fleet(eth=FAST, btc=FAST)
+    for state in peers:
+        did(state, None, *FAST)
+    one = badly(did(did(make(0), "eth", *FAST[:2]), "btc", *FAST[:2]), None, signal)
+    assert found(one, *peers) == [("gw0", None, signal)]
 
 
 def test_a_service_accused_where_nothing_else_is_asked_for_is_the_endpoint() -> None:
@@ -386,13 +454,13 @@ def test_a_bad_service_that_most_of_the_traffic_is_for(trouble: str) -> None:
 @pytest.mark.parametrize("trouble", TROUBLES)
 @pytest.mark.parametrize("count", [0, 5, 20])
 def test_a_gateway_that_is_bad_for_all_services_goes_as_a_whole(trouble: str, count: int) -> None:
-    """In the time it takes without any keys."""
+    """In the time it takes without any keys; for 20 services slowness takes half a second more to be that of most."""
     for seed in range(2):
         sim = Simulation(5, 400, exponential(0.05), seed, services=services(count))
         sim.run(10.0)
         for behaviour in (sim.behaviours[0], *sim.behaviours[0].services.values()):
             afflict(behaviour, **TROUBLES[trouble])
-        sim.run(10.0 + {"failing": 0.4, "hanging": 0.9, "slow": 1.2}[trouble])
+        sim.run(10.0 + {"failing": 0.4, "hanging": 0.9, "slow": 1.2 if count < 20 else 1.8}[trouble])
         assert ejected(sim) == [("http://gw0", None)]
 
 
@@ -452,6 +520,25 @@ def test_one_service_only_is_the_same_as_none(trouble: str) -> None:
             runs.append([(event.at, event.endpoint, event.signal, event.seconds, event.why) for event in sim.ejected])
             assert {event.key for event in sim.ejected} == {None}
         assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.5, 2), (0.3, 1), (1e-6, 1), (0.8, 3)])
+def test_no_more_than_the_maximum_share_is_out_for_each_service(share: float, most: int) -> None:
+    """Two services of four, bad on three of five gateways."""
+    settings = Settings(outlier=Outlier(max_ejected=share), breaker=STAY_OUT)
+    sim = Simulation(5, 200, constant(0.05), 5, settings, services=services(4))
+    sim.run(5.0)
+    for behaviour in sim.behaviours[:3]:
+        for key in ("service-0", "service-1"):
+            afflict(behaviour.services[key], failure_rate=1.0, failure=BEYOND)
+    out: Counter[str] = Counter()
+    for step in range(60):
+        sim.run(5.0 + step / 5)
+        for key in sim.services:
+            scopes = [state.scopes[key] for state in sim.engine.members]
+            out[key] = max(out[key], sum(scope.ejection.until is not None for scope in scopes))
+    assert set(ejected(sim)) <= {(f"http://gw{n}", f"service-{s}") for n in range(3) for s in range(2)}
+    assert out == {"service-0": most, "service-1": most, "service-2": 0, "service-3": 0}
 
 
 def test_a_service_returns_and_is_ejected_again_for_longer_as_long_as_it_is_bad() -> None:

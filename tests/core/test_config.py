@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from pathlb.core.cluster import Settings
-from pathlb.core.config import Breaker, Limits, Outlier, Panic, Retry, SlowStart, check_number
+from pathlb.core.config import BlockHeight, Breaker, Limits, Outlier, Panic, Retry, SlowStart, check_number
 from pathlb.core.errors import ConfigError
 
 DURATIONS = {
     Breaker: ("window", "open_for", "open_max", "probe_timeout"),
     Outlier: ("window", "eject_for", "eject_max"),
+    BlockHeight: ("max_age",),
 }
 NOT_NEGATIVE = {
     Breaker: ("probe_patience",),
@@ -29,6 +30,7 @@ COUNTS = {
     Limits: ("concurrency",),
     Retry: ("attempts",),
     Settings: ("rise", "fall"),
+    BlockHeight: ("min_endpoints",),
 }
 RATIOS = {
     Breaker: ("success_rate",),
@@ -58,7 +60,7 @@ BAD = [
     *cases(FACTORS, values=[0.99]),
     *cases({Breaker: ("jitter",), Outlier: ("jitter",)}, values=[-0.1, 0.51, math.nan, None]),
     *cases({Outlier: ("max_ejected",), SlowStart: ("floor",)}, values=[0]),
-    *cases({Limits: ("queue",)}, values=[-1, 0.5, math.nan, None]),
+    *cases({Limits: ("queue",), BlockHeight: ("lag",)}, values=[-1, 0.5, math.nan, None]),
     *cases({Retry: ("budget_ttl",)}, values=[0.5, math.inf, math.nan]),
     *cases({Retry: ("wait_base", "wait_max", "budget_ratio", "budget_reserve")}, values=[math.inf]),
     *cases({Retry: ("statuses",)}, values=[500, None, [200], {600}, ["500"], "500", [502.0], [[500]]]),
@@ -101,6 +103,7 @@ def test_the_limits_themselves_are_allowed() -> None:
     Limits(concurrency=1, queue=0, queue_timeout=math.inf)
     Retry(attempts=1, budget_ttl=1, wait_base=0, wait_max=0, statuses=[])
     Settings(outlier=None)
+    BlockHeight(lag=0, min_endpoints=1, max_age=math.inf)
 
 
 def test_statuses_become_a_set() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from pathlb.core.endpoints import Admin, EndpointSet, EndpointState, check_endpoints
 from pathlb.core.errors import ConfigError
 from pathlb.core.health import HealthState
+from pathlb.core.load import ReportedLoad
 from pathlb.core.model import Endpoint
 
 
@@ -208,3 +210,13 @@ def test_a_removed_endpoint_at_rest_comes_back_as_new() -> None:
     members.apply(fresh("http://b"))
     (again,) = members.apply(fresh("http://a", "http://b")).added
     assert again is not a
+
+
+def test_what_an_endpoint_says_of_its_load_is_kept_until_it_says_more() -> None:
+    (state,) = fresh("http://a")
+    assert (state.reported_load, state.report_due) == (None, -math.inf)
+    load = ReportedLoad(1.0, utilization=0.5)
+    state.take_report(1.0, load)
+    state.take_report(2.0, None)
+    assert state.reported_load is load
+    assert state.report_due == pytest.approx(2.01)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -698,6 +701,173 @@ def test_the_budget_is_earned_by_requests_and_not_by_retries() -> None:
     rig.finish(1.0, rig.lease(1.0, lease.want), BROKEN)
     assert ask(rig, 1.0, BROKEN, lease=lease)[0] == Final("the retry budget is used up")
     assert ask(rig, 1.0, REFUSED)[0] == Again(0.0)  # reached nobody: free
+
+
+def test_what_fails_beyond_the_endpoints_is_sent_again_once() -> None:
+    """However the causes alternate: what failed retries by itself, and each attempt multiplies that."""
+    rig = Rig(5, Settings(outlier=None, retry=Retry(budget_reserve=100.0)))
+    beyond = Outcome(Cause.BEYOND, retry=True, once=True, status=502)
+    too_many = Outcome(Cause.OVERLOAD, retry=True, once=True, status=429, key="eth")
+    for first, second in itertools.product((beyond, too_many), repeat=2):
+        want = Want(resendable=True, key="eth")
+        decisions = []
+        for attempt, outcome in enumerate((first, BROKEN, second), 1):
+            lease = rig.lease(1.0, want)
+            decisions.append(ask(rig, 1.0, outcome, lease=lease, attempts=attempt)[0])
+        assert decisions[:2] == [Again(0.0)] * 2
+        assert decisions[2] == Final("it fails beyond the endpoints, and a second one has tried")
+        assert isinstance(ask(rig, 1.0, BROKEN, lease=rig.lease(1.0, want), attempts=3)[0], Again)
+
+
+def test_a_second_attempt_that_was_refused_has_not_been_made() -> None:
+    rig = Rig(2, Settings(retry=Retry(budget_reserve=0.0, budget_ratio=0.0)))
+    beyond = Outcome(Cause.BEYOND, retry=True, once=True)
+    decision, lease = ask(rig, 1.0, beyond)
+    assert decision == Final("the retry budget is used up")
+    assert not lease.want.once_spent
+
+
+def test_what_was_refused_goes_elsewhere_whatever_it_is() -> None:
+    rig = Rig(2)
+    assert ask(rig, 1.0, BROKEN, resendable=False)[0] == Final("not safe to send twice")
+    decision, lease = ask(rig, 1.0, replace(BROKEN, refused=True), resendable=False)
+    assert decision == Again(0.0)
+    assert rig.lease(1.0, lease.want).endpoint is not lease.endpoint
+
+
+def test_a_service_all_endpoints_are_known_to_fail_is_not_tried_on_all_of_them_again() -> None:
+    rig = Rig(3)
+    for number in range(3):
+        rig.request(0.0, replace(FAULT, trip=True), pin=f"http://gw{number}", key="eth")
+    lease = rig.lease(0.1, key="eth", resendable=True)
+    assert lease.panic
+    assert ask(rig, 0.1, FAULT, lease=lease)[0] == Final("every endpoint fails this service")
+    lease = rig.lease(0.2, key="eth", resendable=True)
+    assert ask(rig, 0.2, BROKEN, lease=lease)[0] == Again(0.0)  # that is news
+
+
+def test_where_some_endpoint_may_serve_a_panicking_request_goes_on() -> None:
+    """The others are out for all services: nothing is known of this one on them."""
+    rig = Rig(2)
+    rig.request(0.0, replace(FAULT, trip=True), pin="http://gw0", key="eth")
+    rig.fail(1, 0.0, 5)
+    lease = rig.lease(0.1, key="eth", pin="http://gw0", resendable=True)
+    lease.want.pin = None
+    assert lease.panic
+    assert ask(rig, 0.1, FAULT, lease=lease)[0] == Again(0.0)
+
+
+def test_one_failure_that_is_proof_shuts_what_it_speaks_about() -> None:
+    rig = Rig(2)
+    hanging = hang(rig, 0, 1, key="eth")
+    rig.request(1.0, replace(FAULT, trip=True), pin="http://gw0", key="eth")
+    assert (rig.state(0).scopes["eth"].breaker.state, rig.state(0).breaker.state) == (S.OPEN, S.CLOSED)
+    assert hanging[0][1] == [1]
+    rig.request(1.0, replace(BROKEN, trip=True), pin="http://gw0", key="btc")
+    assert (rig.state(0).scopes["btc"].breaker.state, rig.state(0).breaker.state) == (S.CLOSED, S.OPEN)
+    rig.request(1.0, replace(OK, trip=True), pin="http://gw1")
+    rig.request(1.0, Outcome(Cause.BEYOND, trip=True), pin="http://gw1")
+    assert rig.state(1).breaker.state is S.CLOSED
+    assert [event.why for event in rig.seen(events.BreakerChanged)] == ["one failure was proof"] * 2
+
+
+def test_a_body_that_breaks_off_can_be_proof() -> None:
+    rig = Rig(1)
+    lease = rig.lease(0.0)
+    rig.engine.observe(0.0, lease, OK)
+    rig.engine.fail_body(1.0, lease, replace(BROKEN, trip=True))
+    assert rig.state(0).breaker.state is S.OPEN
+
+
+# --- whether it may be sent twice
+
+
+def asked(answer: bool = True) -> tuple[list[int], Callable[[], bool]]:
+    """Whether it may be sent twice, and how often that was asked."""
+    calls: list[int] = []
+
+    def resendable() -> bool:
+        calls.append(1)
+        return answer
+
+    return calls, resendable
+
+
+def test_a_request_that_succeeds_is_never_asked_whether_it_may_be_sent_twice() -> None:
+    rig = Rig(2)
+    rig.request(0.0, replace(FAULT, trip=True), pin="http://gw1", key="eth")
+    calls, resendable = asked()
+    rig.request(0.1, key="eth", resendable=resendable)
+    lease = rig.lease(0.1, key="btc", resendable=resendable)
+    lease.give_up = lambda: None
+    rig.tick(0.1, 0.5)
+    rig.finish(0.5, lease)
+    assert ask(rig, 0.5, OK, lease=lease)[0] == FINAL
+    assert calls == []
+
+
+def test_it_is_asked_once() -> None:
+    rig = Rig(3)
+    calls, resendable = asked()
+    decision, lease = ask(rig, 1.0, BROKEN, resendable=resendable)
+    assert (decision, calls) == (Again(0.0), [1])
+    lease = rig.lease(1.0, lease.want)
+    assert isinstance(ask(rig, 1.0, BROKEN, lease=lease, attempts=2)[0], Again)
+    assert lease.want.resendable
+    assert calls == [1]
+    calls, resendable = asked(False)
+    decision, lease = ask(rig, 1.0, BROKEN, resendable=resendable)
+    assert (decision, calls) == (Final("not safe to send twice"), [1])
+    assert not lease.want.resendable
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    "outcome", [OK, CANCELLED, REFUSED, replace(BROKEN, refused=True), replace(BROKEN, retry=False)]
+)
+def test_it_is_not_asked_where_it_does_not_matter(outcome: Outcome) -> None:
+    calls, resendable = asked(False)
+    ask(Rig(3), 1.0, outcome, resendable=resendable)
+    assert calls == []
+
+
+def test_it_is_asked_for_a_probe_that_is_due_and_not_before() -> None:
+    rig = Rig(2, Settings(breaker=Breaker(failures=1)))
+    rig.fail(0, 0.0, 1)
+    calls, resendable = asked(False)
+    rig.request(0.5, resendable=resendable)  # open
+    rig.tick(0.5, 1.0)
+    other = rig.lease(1.0, pin="http://gw1", resendable=resendable)
+    avoiding = rig.lease(1.0, avoid=frozenset({"http://gw0"}), resendable=resendable)
+    assert calls == []
+    assert rig.request(1.0, resendable=resendable) is rig.state(1)
+    assert calls == [1]
+    probe = rig.lease(1.0, resendable=True)
+    assert probe.reason == "probe"
+    calls, resendable = asked()
+    rig.request(1.1, resendable=resendable)  # it is being probed
+    assert calls == []
+    for lease in (other, avoiding, probe):
+        rig.finish(1.2, lease)
+
+
+def test_it_is_asked_of_what_hangs_where_it_would_be_given_up() -> None:
+    rig = Rig(3)
+    rig.request(0.0, seconds=0.2)
+    asks = {}
+    for name, wants in {
+        "eth": {"key": "eth"},
+        "btc": {"key": "btc"},
+        "late": {"key": "eth", "deadline": 0.6},
+        "not ours": {"key": "eth"},
+    }.items():
+        asks[name], resendable = asked()
+        ((lease, _),) = hang(rig, 0, 1, resendable=resendable, **wants)
+        if name == "not ours":
+            lease.give_up = None
+    rig.request(0.5, replace(FAULT, trip=True), pin="http://gw0", key="eth")
+    assert asks == {"eth": [1], "btc": [], "late": [], "not ours": []}
+    assert rig.seen(events.GivenUp) == [events.GivenUp(0.5, "http://gw0", 1)]
 
 
 # --- giving up what hangs

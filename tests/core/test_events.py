@@ -110,6 +110,15 @@ def test_the_events_of_one_request() -> None:
     assert rig.events[-1] == events.Released(1.5, "http://gw0", 0)
 
 
+def test_the_end_of_a_request_is_told() -> None:
+    rig = Rig(1)
+    rig.engine.finish(2.0, 3, 7)
+    assert rig.events[-1] == events.Finished(2.0, attempts=3, relays=7)
+    rig.engine._outbox.listeners = ()
+    rig.engine.finish(3.0, 1, 0)
+    assert not rig.engine._outbox._events
+
+
 def test_a_listener_may_use_the_engine() -> None:
     rig = Rig(1)
     depths: list[int] = []

@@ -60,3 +60,25 @@ def test_the_latest_beginning_of_what_was_answered() -> None:
     recent.answered(5.0, 4.0)
     recent.answered(6.0, 1.0)  # an older attempt, answered later
     assert (recent.last_head, recent.last_answered) == (6.0, 4.0)
+
+
+def test_one_service_is_forgotten() -> None:
+    recent = RecentOutcomes(size=4)
+    for at, key in enumerate(["eth", None, "btc", "eth"]):
+        recent.add(Sample(float(at), False, 0.1, key))
+    recent.forget("eth")
+    assert [(sample.at, sample.key) for sample in recent.since(0.0)] == [(1.0, None), (2.0, "btc")]
+    for at in range(4, 9):
+        recent.add(Sample(float(at), False, 0.1))
+    assert len(recent.since(0.0)) == 4
+
+
+def test_from_when_on_they_are_complete() -> None:
+    recent = RecentOutcomes(size=3)
+    assert (recent.complete_since, recent.last_added) == (-math.inf, -math.inf)
+    for at in range(2):
+        recent.add(Sample(float(at), False, 0.1))
+    assert (recent.complete_since, recent.last_added) == (-math.inf, 1.0)
+    for at in range(2, 5):
+        recent.add(Sample(float(at), False, 0.1))
+    assert (recent.complete_since, recent.last_added) == (2.0, 4.0)

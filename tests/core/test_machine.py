@@ -13,6 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from .world import World
 
 INDEX = st.integers(0, 9)
+WAITS = [None, None, 0.0, 1.0, -3.0, 1e9]
+FLAGS = [0, 0, 1, 1, 1, 2, 4]
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -67,6 +69,10 @@ class EngineMachine(RuleBasedStateMachine):
     def probe_key(self, number: int, key: int, passed: bool) -> None:
         self.do("probe_key", number, key, passed)
 
+    @rule(number=st.integers(0, 4), key=st.integers(0, 3), height=st.sampled_from([0, 1, 5, 10**9]))
+    def tell_height(self, number: int, key: int, height: int) -> None:
+        self.do("tell_height", number, key, height)
+
     @rule(number=INDEX, passed=st.booleans())
     def probe(self, number: int, passed: bool) -> None:
         self.do("probe", number, passed)
@@ -90,10 +96,12 @@ class EngineMachine(RuleBasedStateMachine):
         cause=INDEX,
         unsent=st.booleans(),
         keyed=st.booleans(),
-        retry_after=st.sampled_from([None, None, 0.0, 1.0, -3.0, 1e9]),
+        retry_after=st.sampled_from(WAITS),
+        flags=st.sampled_from([*FLAGS, 3, 5, 6, 7]),
     )
-    def observe(self, number: int, cause: int, unsent: bool, keyed: bool, retry_after: float | None) -> None:
-        self.do("observe", number, cause, unsent, keyed, retry_after)
+    def observe(self, flags: int, **of: Any) -> None:
+        arguments = (of["number"], of["cause"], of["unsent"], of["keyed"], of["retry_after"], flags)
+        self.do("observe", *arguments)
 
     @rule(number=INDEX, cause=st.sampled_from([0, 0, 0, 1, 4]), count=st.integers(1, 5))
     def finish(self, number: int, cause: int, count: int) -> None:
@@ -134,6 +142,10 @@ class EngineMachine(RuleBasedStateMachine):
     def one_does_worse(self, bad: int) -> None:
         self.do("one_does_worse", bad)
 
+    @rule(bad=st.integers(0, 2), key=st.integers(0, 1))
+    def one_service_does_worse(self, bad: int, key: int) -> None:
+        self.do("one_service_does_worse", bad, key)
+
     def teardown(self) -> None:
         if self.world is None:
             return
@@ -151,7 +163,7 @@ def random_operation(rng: random.Random) -> tuple[str, tuple[Any, ...]]:
     operations: list[tuple[int, str, tuple[Any, ...]]] = [
         (30, "acquire_plainly", (coin,)),
         (12, "acquire", (coin, rng.randrange(4), rng.choice([0, 1, 2, 3, 9, 9, 9]), rng.choice([0, 0, 1, 6]))),
-        (20, "observe", (index, cause, coin, rng.random() < 0.5, rng.choice([None, None, 0.0, 1.0, -3.0, 1e9]))),
+        (20, "observe", (index, cause, coin, rng.random() < 0.5, rng.choice(WAITS), rng.choice(FLAGS))),
         (20, "finish", (index, cause)),
         (20, "release", (index,)),
         (12, "retry", (index, rng.random() < 0.9)),
@@ -160,6 +172,9 @@ def random_operation(rng: random.Random) -> tuple[str, tuple[Any, ...]]:
         (3, "leave", (index,)),
         (3, "burst", (index, rng.choice([1, 3, 8]), rng.choice([0, 1, 2, 3, 4]), rng.randrange(4))),
         (1, "one_does_worse", (index % 5,)),
+        (2, "one_service_does_worse", (index % 5, int(coin))),
+        (5, "probe_key", (index, rng.randrange(4), rng.random() < 0.6)),
+        (1, "tell_height", (index, rng.randrange(4), rng.choice([0, 1, 5, 9]))),
         (2, "drain", (index, rng.random() < 0.7)),
         (2, "probe", (index, rng.random() < 0.7)),
         (1, "apply", (rng.choice([7, 7, 15, 31, 3, 5, 0]),)),
@@ -192,7 +207,7 @@ def test_long_random_traces(seed: int) -> None:
 def test_the_traces_reach_everything() -> None:
     """The checks above mean something only if what they check happens."""
     seen: Counter[str] = Counter()
-    for seed in range(6):
+    for seed in range(12):
         rng = random.Random(seed)
         world = World(seed=seed, policy=seed, concurrency=1 + seed % 3, fail_closed=False, probed=False)
         for _ in range(1500):
@@ -200,14 +215,16 @@ def test_the_traces_reach_everything() -> None:
             getattr(world, name)(*arguments)
         for event in world.log:
             seen[type(event).__name__] += 1
-            for part in ("reason", "why", "signal", "before", "after"):
+            for part in ("reason", "why", "signal", "before", "after", "key"):
                 seen[f"{type(event).__name__}.{part}={getattr(event, part, None)}"] += 1
     for wanted in (
         "Picked.reason=probe", "Picked.reason=panic", "Picked.reason=pinned", "Picked.reason=least connections",
         "Picked.reason=p2c", "Picked.reason=round robin", "Picked.reason=only candidate", "Dequeued.why=granted",
         "Dequeued.why=refused", "BreakerChanged.before=probing", "BreakerChanged.after=probing", "GivenUp", "Returned",
         "Ejected.signal=failures", "QueueOverflow", "Retried", "RetryRefused.why=not safe to send twice",
-        "PanicChanged",
+        "PanicChanged", "Ejected.key=None", "Ejected.key=eth", "Returned.key=btc", "HealthChanged.key=eth",
+        "BreakerChanged.key=btc", "BreakerChanged.why=one failure was proof",
+        "RetryRefused.why=it fails beyond the endpoints, and a second one has tried",
     ):  # fmt: skip
         assert seen[wanted] >= 5, (wanted, seen[wanted])
 

@@ -25,6 +25,10 @@ def no() -> bool:
     return False
 
 
+def not_asked() -> bool:
+    raise AssertionError("it does not matter whether it may be sent twice")
+
+
 FIRST = Situation(
     attempts=1,
     unsent=0,
@@ -96,6 +100,39 @@ def test_unsafe_to_send_twice() -> None:
 
 def test_provably_unsent_is_safe_and_free() -> None:
     assert run(REFUSED, replace(FIRST, resendable=no, attempts=1, unsent=1), funds=False) == (Again(0.0), 0)
+
+
+def test_what_was_refused_is_safe_and_paid_for() -> None:
+    """The endpoint says it did nothing with it."""
+    refused = replace(BROKEN, refused=True)
+    assert run(refused, replace(FIRST, resendable=not_asked)) == (Again(0.0), 1)
+    assert run(refused, replace(FIRST, resendable=no), funds=False)[0] == Final("the retry budget is used up")
+    assert run(refused, replace(FIRST, replayable=False))[0] == Final("its body is a stream and cannot be sent again")
+
+
+def test_whether_it_may_be_sent_twice_is_asked_only_when_that_decides() -> None:
+    situation = replace(FIRST, resendable=not_asked)
+    assert run(OK, situation) == (FINAL, 0)
+    assert run(replace(OK, retry=False), situation, strategy=Opinion(retry=False)) == (FINAL, 0)
+    assert run(replace(CANCELLED, retry=True), situation) == (FINAL, 0)
+    assert run(REFUSED, situation) == (Again(0.0), 0)
+
+
+@pytest.mark.parametrize("strategy", [None, Opinion(retry=True, stop=False, pause=0.0)])
+def test_what_is_worth_one_more_attempt_gets_one(strategy: Opinion | None) -> None:
+    once = replace(BROKEN, once=True)
+    assert run(once, strategy=strategy) == (Again(0.0), 1)
+    spent = replace(FIRST, once_spent=True)
+    why = "it fails beyond the endpoints, and a second one has tried"
+    assert run(once, spent, strategy=strategy) == (Final(why), 0)
+    assert run(BROKEN, spent, strategy=strategy) == (Again(0.0), 1)
+
+
+@pytest.mark.parametrize("strategy", [None, Opinion(retry=True, stop=False, pause=0.0)])
+def test_what_every_endpoint_fails_is_final(strategy: Opinion | None) -> None:
+    decision = run(BROKEN, replace(FIRST, hopeless=True), strategy=strategy)
+    assert decision == (Final("every endpoint fails this service"), 0)
+    assert run(OK, replace(FIRST, hopeless=True)) == (FINAL, 0)
 
 
 def test_a_stream_cannot_be_sent_again() -> None:
@@ -180,6 +217,8 @@ OUTCOMES = st.builds(
     cause=st.sampled_from(Cause),
     sent=st.sampled_from(Sent),
     retry=st.booleans(),
+    once=st.booleans(),
+    refused=st.booleans(),
     retry_after=st.none() | st.floats(),
     status=st.none() | st.sampled_from([200, 429, 500]),
 )
@@ -191,6 +230,8 @@ SITUATIONS = st.integers(1, 12).flatmap(
         resendable=st.sampled_from([yes, no]),
         replayable=st.booleans(),
         paid=st.booleans(),
+        hopeless=st.booleans(),
+        once_spent=st.booleans(),
         eligible=st.booleans(),
         untried=st.booleans(),
         endpoints=st.integers(1, 7),
@@ -224,7 +265,9 @@ def test_what_no_strategy_can_change(
     if isinstance(decision, Again):
         assert situation.replayable
         assert situation.eligible
-        assert situation.resendable() or not maybe_sent
+        assert situation.resendable() or outcome.refused or not maybe_sent
+        assert not situation.hopeless
+        assert not (outcome.once and situation.once_spent)
         assert outcome.cause is not Cause.CANCELLED
         assert 0 <= decision.wait < situation.remaining
         assert decision.wait + situation.fastest < situation.remaining

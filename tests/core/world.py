@@ -18,7 +18,7 @@ from pathlb.core import events
 from pathlb.core.admission import Waiter
 from pathlb.core.breaker import TRANSITIONS
 from pathlb.core.cluster import Settings
-from pathlb.core.config import Breaker, Limits, Outlier, Panic, SlowStart
+from pathlb.core.config import BlockHeight, Breaker, Limits, Outlier, Panic, SlowStart
 from pathlb.core.endpoints import EndpointState, check_endpoints
 from pathlb.core.engine import TICK, Engine
 from pathlb.core.errors import IllegalEvent
@@ -68,6 +68,7 @@ class World:
             probed=probed,
             rise=2,
             fall=2,
+            block_height=BlockHeight(lag=2, min_endpoints=1, max_age=5.0),
         )
         self.engine = Engine(self.settings, POLICIES[policy % 3](), random.Random(seed))
         self.now = 100.0
@@ -78,6 +79,8 @@ class World:
         self._fresh: list[events.Event] = []
         self.live: list[Lease] = []
         self.retrying: list[tuple[Lease, Outcome, int]] = []
+        self.spent: list[Want] = []
+        """Requests that were sent again for an outcome that is worth one more attempt."""
         self.waiting: list[Waiter[Any]] = []
         self._grants: list[tuple[Lease, bool]] = []
         self.states: dict[int, EndpointState] = {}
@@ -108,7 +111,13 @@ class World:
         """This process does not run for a while; then the late heartbeat comes."""
         self.engine.tick(self.now)
         self._check()
-        probing = [(url, key) for url, one in self.members.items() for key, s in one.breakers.items() if s == "probing"]
+        probing = [
+            (state.url, key)
+            for state in self.engine.members
+            for key, scope in [(None, state), *state.scopes.items()]
+            # What ends before the heartbeat that will be late has ended in time.
+            if scope.breaker.state.value == "probing" and scope.breaker.probe_deadline > self.now + 2 * TICK
+        ]
         self.now += seconds + 2 * TICK + 0.1
         self._stalled = True
         self.engine.tick(self.now)
@@ -154,6 +163,11 @@ class World:
             self.engine.record_probe(self.now, url, passed, "probe", scope)
             self._check()
 
+    def tell_height(self, number: int, key: int, height: int) -> None:
+        """It changes who is preferred, and nothing else that the model knows of."""
+        self.engine.record_height(self.now, URLS[number % len(URLS)], KEYS[key % len(KEYS)], height)
+        self._check()
+
     def acquire(self, resendable: bool, key: int, pin: int, avoid: int) -> None:
         want = Want(
             resendable=resendable,
@@ -163,7 +177,9 @@ class World:
         )
         self._acquire(want)
 
-    def observe(self, number: int, cause: int, unsent: bool, keyed: bool, retry_after: float | None) -> None:
+    def observe(
+        self, number: int, cause: int, unsent: bool, keyed: bool, retry_after: float | None, flags: int
+    ) -> None:
         picked = [lease for lease in self.live if lease.state is LeaseState.PICKED]
         if not picked:
             return
@@ -172,6 +188,9 @@ class World:
             CAUSES[cause % len(CAUSES)],
             sent=Sent.NOT_SENT if unsent else Sent.MAYBE_SENT,
             retry=True,
+            once=bool(flags & 1),
+            refused=bool(flags & 2),
+            trip=bool(flags & 4),
             retry_after=retry_after,
             status=None if unsent else 500,
             key=lease.key if keyed else None,
@@ -215,7 +234,10 @@ class World:
         self._check()
         if isinstance(decision, Again):
             assert replayable
-            assert lease.want.resendable or outcome.sent is Sent.NOT_SENT
+            assert lease.want.resendable or outcome.refused or outcome.sent is Sent.NOT_SENT
+            if outcome.once:
+                assert all(want is not lease.want for want in self.spent), "a second time for what is worth one"
+                self.spent.append(lease.want)
             self._acquire(lease.want, attempts)
 
     def leave(self, number: int) -> None:
@@ -253,6 +275,13 @@ class World:
         """Enough for an ejection: faults beyond the instance, which open no breaker."""
         for number in range(len(URLS)):
             self.burst(number, 8, 3 if number == bad else 0, 0)
+        self.ticks(3)
+
+    def one_service_does_worse(self, bad: int, key: int) -> None:
+        """Enough for an ejection of one service: the others do well there."""
+        for number in range(len(URLS)):
+            for other in range(2, len(KEYS)):
+                self.burst(number, 9, 3 if (number, other) == (bad, 2 + key % 2) else 0, other)
         self.ticks(3)
 
     def rest(self) -> None:
@@ -305,7 +334,10 @@ class World:
         return grant
 
     def _observe(self, lease: Lease, outcome: Outcome) -> None:
+        breaker = lease.endpoint.breaker
+        proof = outcome.trip and outcome.cause is Cause.INSTANCE and lease.epoch == breaker.epoch
         self.engine.observe(self.now, lease, outcome)
+        assert not proof or breaker.state.value != "closed" or lease.panic
         if outcome.cause not in (Cause.OK, Cause.REQUEST, Cause.CANCELLED):
             lease.want.failed_on(lease.endpoint)
             self.retrying.append((lease, outcome, self.attempts[id(lease)]))
