@@ -1,7 +1,6 @@
 # Everything here sets itself up in a virtual environment of its own; it needs Python >= 3.11 and make, nothing else.
 PYTHON ?= python3
 VENV ?= .venv
-TESTS ?= tests
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
@@ -25,7 +24,7 @@ demo: $(READY)
 	$(BIN)/pathlb demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 4 -m "not soak" $(TESTS)
+	$(BIN)/python -m pytest -n 4 -m "not soak"
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -120,6 +120,10 @@ class Attempter:
             raise UsageError(f"{type(self._classifier).__name__}.reply asked for the body it was given")
         return verdict
 
+    def forget(self, url: str) -> None:
+        """An endpoint has left."""
+        self._excused.pop(url, None)
+
     def classify(self, request: Request, error: UpstreamError, lease: Lease) -> Outcome:
         """What a failure says, and whether it says it about the endpoint at all."""
         if error.reused:

@@ -291,6 +291,7 @@ class Balancer:
             avoid=request.avoid,
             key=request.key if request.key is not None else self._classifier.key(request),
             deadline=deadline,
+            paced=not isinstance(request.body, bytes),
         )
         attempts: list[Attempt] = []
         unsent = 0
@@ -402,6 +403,7 @@ class Balancer:
 
     def _retire(self, url: str) -> None:
         """Close the upstream of an endpoint that left."""
+        self._attempter.forget(url)
         upstream = self._upstreams.leave(url)
         if upstream is not None and self._runner is not None and not self._closed:
             self._runner.spawn(partial(close_quietly, upstream), finish=True)

@@ -292,6 +292,8 @@ class Gateway:
         if framing.length is not None and not isinstance(body, bytes):
             headers.append((b"content-length", b"%d" % framing.length))
         timeouts = to.balancer.timeouts
+        if any(name == b"accept" and b"text/event-stream" in value for name, value in headers):
+            timeouts = timeouts._replace(read=None)  # events may be hours apart; the deadline holds up to the head
         return Request(scope["method"], to.target, headers, body, host=self._host or host, timeouts=timeouts)
 
 

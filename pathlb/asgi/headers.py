@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..exchange import Headers
+from ..orca import FIELD
 from .forwarded import FORWARDED
 
 
@@ -57,6 +58,8 @@ _HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
+_OF_REPLIES = _HOP_BY_HOP | {FIELD, FIELD + b"-bin"}
+"""What of a reply is for this hop: the load of an endpoint is not that of the gateway, either."""
 TAKEN_OUT = _HOP_BY_HOP | FORWARDED | {b"content-length", b"expect", b"host", b"via"}
 """Fields of a request that are not simply passed on."""
 _NEVER_NOMINATED = frozenset(
@@ -218,7 +221,7 @@ def _less_hop_by_hop(raw: Headers, known: dict[bytes, bytes]) -> Headers:
     chunked = False
     for spelt, value in raw:
         name = spelt.lower()
-        if name not in _HOP_BY_HOP:
+        if name not in _OF_REPLIES:
             if not _TOKEN(name):
                 raise BadReply("a field name is malformed")
             headers.append((name, value))

@@ -81,12 +81,8 @@ class PATHClassifier(HTTPClassifier):
             return self._answered(status, answer)
         if answer.relayed is None:  # not PATH's relay handler: something in between, or another route
             return self._unknown(request, reply, body)
-        if status == 429:
-            # A supplier's rate limit: it neither says that this gateway is overloaded nor when it will not be.
-            key = self._key(request)
-            return Outcome(
-                Cause.OVERLOAD, retry=True, once=True, status=status, key=key, detail="429", relays=answer.relays
-            )
+        if status == 429:  # it neither says that this gateway is overloaded nor when it will not be
+            return self._suppliers(status, answer, "429, a supplier's rate limit")
         if status >= 500 and answer.relayed:
             return self._suppliers(status, answer, f"{status}, its suppliers failed")
         if answer.relayed or (status != 400 and status < 500):  # what a supplier says of a request is its verdict
@@ -145,7 +141,7 @@ class PATHClassifier(HTTPClassifier):
             key, detail = self._key(request), "200 without a body: the upgrade was refused"
             if not key:  # for the want of it
                 return Outcome(Cause.REQUEST, status=status, detail=detail)
-            return Outcome(Cause.SERVICE, retry=True, refused=True, status=status, key=key, detail=detail)
+            return Outcome(Cause.SERVICE, retry=True, unprocessed=True, status=status, key=key, detail=detail)
         return self._answered(status, answer)
 
     def _unknown(self, request: Request, reply: Reply, body: bytes | None) -> Outcome | NeedBody:
@@ -154,7 +150,7 @@ class PATHClassifier(HTTPClassifier):
                 return NeedBody(len(_WEBSOCKETS_FULL))
             if body == _WEBSOCKETS_FULL:  # which says nothing of its other requests
                 key, detail = self._key(request), "503, no more WebSockets"
-                return Outcome(Cause.OVERLOAD, retry=True, refused=True, status=503, key=key, detail=detail)
+                return Outcome(Cause.OVERLOAD, retry=True, unprocessed=True, status=503, key=key, detail=detail)
         return self.by_head(reply)
 
     def _refused(self, request: Request, reply: Reply, body: bytes, answer: _Answer) -> Outcome:
@@ -166,7 +162,7 @@ class PATHClassifier(HTTPClassifier):
         return Outcome(
             Cause.SERVICE,
             retry=True,
-            refused=True,
+            unprocessed=True,
             trip=True,
             status=400,
             key=key,
@@ -195,7 +191,7 @@ class PATHClassifier(HTTPClassifier):
             Cause.SERVICE,
             retry=True,
             # Suppliers of a batch's items are not always listed.
-            refused=why.startswith(_NOT_RELAYED) and not batch,
+            unprocessed=why.startswith(_NOT_RELAYED) and not batch,
             status=status,
             key=self._key(request),
             detail=f"{status}, {why or message}",

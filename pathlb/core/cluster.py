@@ -219,10 +219,12 @@ class Cluster:
         """A reply head arrived after `seconds`. `running` is the time less the stalls of this process."""
         state, scope = lease.endpoint, lease.scope
         sample = Sample(running, False, seconds, lease.key)
-        state.latency.record(running, seconds)
+        if not lease.want.paced:
+            state.latency.record(running, seconds)
         state.recent.answered(running, running - seconds)
         if scope is None:
-            state.recent.add(sample)
+            if not lease.want.paced:
+                state.recent.add(sample)
         else:
             scope.recent.answered(running, running - seconds)
             if not lease.set_aside:

@@ -72,8 +72,8 @@ class View:
 
     ready: tuple[EndpointState, ...]
     """Eligible."""
-    throttled: tuple[EndpointState, ...]
-    """Eligible, but asked not to be, or blocks behind: only when no ready one will do."""
+    reserve: tuple[EndpointState, ...]
+    """Eligible, but throttled, or blocks behind: only when no ready one will do."""
     half_open: tuple[EndpointState, ...]
     """Eligible for a probe alone."""
     fallback: tuple[EndpointState, ...]
@@ -87,7 +87,7 @@ def survey(
 ) -> View:
     """Sort the endpoints for requests that need `key`."""
     ready: list[EndpointState] = []
-    throttled: list[EndpointState] = []
+    reserve: list[EndpointState] = []
     half_open: list[EndpointState] = []
     fallback: list[EndpointState] = []
     for state in states:
@@ -98,17 +98,17 @@ def survey(
         if stands in (Standing.READY, Standing.SLOW_START):
             ready.append(state)
         elif stands is Standing.THROTTLED:
-            throttled.append(state)
+            reserve.append(state)
         elif stands is Standing.HALF_OPEN:
             half_open.append(state)
-    eligible = len(ready) + len(throttled)
+    eligible = len(ready) + len(reserve)
     if heights is not None:
         behind = _behind(ready, key, heights)
-        throttled += behind
+        reserve += behind
         ready = [state for state in ready if state not in behind]
     return View(
         tuple(ready),
-        tuple(throttled),
+        tuple(reserve),
         tuple(half_open),
         tuple(fallback),
         bool(fallback) and not panic.fail_closed and eligible <= panic.threshold * len(fallback),

@@ -408,11 +408,13 @@ class Engine:
             want = lease.want
             if lease.give_up is None or (key is not None and lease.key != key):
                 continue
-            if now + self._cluster.fastest >= want.deadline or not want.resendable:
+            if now + self._cluster.fastest >= want.deadline:
                 continue
             view = self._cluster.view(want.key)
             pool, panic = self._picker.eligible(view, want)
             if panic or all(other is state or other in want.tried for other in pool):
+                continue
+            if not want.resendable:  # which may mean parsing its body, so it is asked last
                 continue
             if not self._budgets.of(now, want.key).withdraw(now):
                 continue  # another service may have some left
@@ -426,5 +428,5 @@ class Engine:
         view = self._cluster.view(None)
         if view.panic is not self._panicking:
             self._panicking = view.panic
-            eligible = len(view.ready) + len(view.throttled)
+            eligible = len(view.ready) + len(view.reserve)
             self._outbox.add(events.PanicChanged(now, view.panic, eligible, len(view.fallback)))

@@ -32,7 +32,7 @@ _PICKED = LeaseState.PICKED
 class Want:
     """What one request asks of a pick. One object serves all its attempts."""
 
-    __slots__ = ("_resendable", "avoid", "deadline", "key", "once_spent", "pin", "plain", "relays", "tried")
+    __slots__ = ("_resendable", "avoid", "deadline", "key", "once_spent", "paced", "pin", "plain", "relays", "tried")
 
     def __init__(
         self,
@@ -42,6 +42,7 @@ class Want:
         avoid: frozenset[str] = frozenset(),
         key: str | None = None,
         deadline: float = math.inf,
+        paced: bool = False,
     ) -> None:
         self._resendable = resendable
         self.pin = pin
@@ -49,6 +50,8 @@ class Want:
         self.key = key
         self.deadline = deadline
         """Clock reading by which a reply head must be there."""
+        self.paced = paced
+        """Its body comes at the pace of its caller: how long it takes says nothing of an endpoint."""
         self.tried: list[EndpointState] = []
         """Endpoints of earlier attempts."""
         self.relays = 0
@@ -130,10 +133,10 @@ class Lease:
 
     @property
     def set_aside(self) -> bool:
-        """Whether what becomes of it says nothing more of its endpoint: its service is out there as an outlier, or one
-        of the two has been since the pick.
+        """Whether what becomes of it says nothing (more) of its endpoint beside the peers: its caller sets the pace,
+        its service is out there as an outlier, or one of the two has been since the pick.
         """
         scope, started = self.scope, self.started
-        if started < self.endpoint.ejection.returned:
+        if self.want.paced or started < self.endpoint.ejection.returned:
             return True
         return scope is not None and (scope.ejection.until is not None or started < scope.ejection.returned)

@@ -220,7 +220,7 @@ class Outcome:
     """Whether another endpoint may do better."""
     once: bool = False
     """Of such outcomes, one a request is enough: what failed retries by itself, and each attempt multiplies that."""
-    refused: bool = False
+    unprocessed: bool = False
     """The endpoint says it did nothing with the request: safe to send elsewhere, whatever it is."""
     trip: bool = False
     """One such failure is proof: the breaker opens at once."""

@@ -50,7 +50,7 @@ class Picker:
 
     def pick(self, view: View, want: Want, now: float) -> Choice | Saturated | NoneEligible:
         """Choose, in this order: a probe that is due, an endpoint not tried before, one not to be avoided, one not
-        throttled, then what the policy says.
+        in reserve, then what the policy says.
         """
         if view.half_open and (not want.tried or not view.ready):
             probe = self._probe(view, want, now)
@@ -64,7 +64,7 @@ class Picker:
         if not free:
             return SATURATED
         candidates = [state for state in free if state.url not in want.avoid] or free
-        candidates = [state for state in candidates if state not in view.throttled] or candidates
+        candidates = [state for state in candidates if state not in view.reserve] or candidates
         if panic:
             group = least_recently_failed(candidates, want.key)
             return Choice(self.by_policy(group), "panic", len(group), panic=True)
@@ -73,7 +73,7 @@ class Picker:
 
     def eligible(self, view: View, want: Want) -> tuple[Sequence[EndpointState], bool]:
         """What a request may go to, saturated ones included, and whether that is in panic."""
-        pool: Sequence[EndpointState] = view.fallback if view.panic else view.ready + view.throttled
+        pool: Sequence[EndpointState] = view.fallback if view.panic else view.ready + view.reserve
         if want.pin is None:
             return pool, view.panic
         pinned = [state for state in pool if state.url == want.pin]

@@ -87,7 +87,7 @@ def decide(
     wanted = strategy.wants_retry() if strategy else None
     if not (outcome.retry if wanted is None else wanted) or outcome.cause is Cause.CANCELLED:
         return FINAL
-    if outcome.sent is Sent.MAYBE_SENT and not outcome.refused and not situation.resendable():
+    if outcome.sent is Sent.MAYBE_SENT and not outcome.unprocessed and not situation.resendable():
         return Final("not safe to send twice")
     if outcome.once and situation.once_spent:
         return Final("it fails beyond the endpoints, and a second one has tried")

@@ -64,7 +64,7 @@ class Resender:
         headers = asking_for_readable(request.headers)
         reply = await self._send(replace(request, idempotent=True, headers=headers))
         if call.id is None or not any(
-            attempt.sent is Sent.MAYBE_SENT and not attempt.outcome.refused for attempt in reply.attempts[:-1]
+            attempt.sent is Sent.MAYBE_SENT and not attempt.outcome.unprocessed for attempt in reply.attempts[:-1]
         ):
             return reply
         content = await read_whole(reply, until - self._clock())

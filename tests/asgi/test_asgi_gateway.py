@@ -639,6 +639,19 @@ class TestFields:
         balancer.timeouts = Timeouts(read=7.0)  # as a profile's may be
         await Exchange().run(Gateway(balancer))
         assert only(upstream).timeouts == balancer.timeouts
+
+    async def test_events_may_be_far_apart(self, balancer: Balancer, upstream: ScriptedUpstream) -> None:
+        exchange = Exchange(headers=[(b"accept", b"text/event-stream, */*;q=0.1")])
+        await exchange.run(Gateway(balancer))
+        assert only(upstream).timeouts == balancer.timeouts._replace(read=None)
+
+    async def test_the_load_of_an_endpoint_is_not_the_callers_business(self) -> None:
+        load = [(b"Endpoint-Load-Metrics", b"TEXT cpu_utilization=0.5"), (b"endpoint-load-metrics-bin", b"AAAA")]
+        balancer = balancing(ScriptedUpstream(lambda *_: ok(headers=load)))
+        exchange = await Exchange().run(Gateway(balancer))
+        assert [name for name, _ in exchange.headers] == [b"content-length"]
+        assert balancer.snapshot().endpoints[0].reported_load is not None
+        await balancer.aclose()
         await balancer.aclose()
 
     async def test_field_names_that_servers_leave_as_they_came(

@@ -110,7 +110,7 @@ def test_survey_sorts() -> None:
     everyone = [ready, ramping, throttled, half_open, probing, opened, ejected, down, unknown, draining]
     view = survey(everyone, Panic())
     assert view.ready == (ready, ramping)
-    assert view.throttled == (throttled,)
+    assert view.reserve == (throttled,)
     assert view.half_open == (half_open, probing)
     assert view.fallback == tuple(everyone[:-1])
     assert not view.panic

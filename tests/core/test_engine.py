@@ -730,7 +730,7 @@ def test_a_second_attempt_that_was_refused_has_not_been_made() -> None:
 def test_what_was_refused_goes_elsewhere_whatever_it_is() -> None:
     rig = Rig(2)
     assert ask(rig, 1.0, BROKEN, resendable=False)[0] == Final("not safe to send twice")
-    decision, lease = ask(rig, 1.0, replace(BROKEN, refused=True), resendable=False)
+    decision, lease = ask(rig, 1.0, replace(BROKEN, unprocessed=True), resendable=False)
     assert decision == Again(0.0)
     assert rig.lease(1.0, lease.want).endpoint is not lease.endpoint
 
@@ -823,7 +823,7 @@ def test_it_is_asked_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "outcome", [OK, CANCELLED, REFUSED, replace(BROKEN, refused=True), replace(BROKEN, retry=False)]
+    "outcome", [OK, CANCELLED, REFUSED, replace(BROKEN, unprocessed=True), replace(BROKEN, retry=False)]
 )
 def test_it_is_not_asked_where_it_does_not_matter(outcome: Outcome) -> None:
     calls, resendable = asked(False)
@@ -1124,3 +1124,22 @@ def test_attempts_allowed(configured: int | None, endpoints: int, allowed: int) 
 def test_no_attempt_where_nobody_is_eligible() -> None:
     rig = Rig(1, Settings(panic=Panic(fail_closed=True), breaker=Breaker(failures=1)))
     assert ask(rig, 1.0, BROKEN)[0] == Final("no endpoint is eligible")
+
+
+@pytest.mark.parametrize("paced", [True, False])
+def test_a_body_at_its_callers_pace_says_nothing_of_how_fast_an_endpoint_is(paced: bool) -> None:
+    """Uploads of slow callers: neither overdue nor slow, however long they take; their failures count."""
+    rig = Rig(2, Settings(outlier=Outlier(confirm=0.0)))
+    slow, peer = rig.state(0), rig.state(1)
+    uploads = [rig.lease(0.0, paced=paced, pin=slow.url) for _ in range(5)]
+    now = 0.0
+    for _ in range(100):
+        rig.request(now, seconds=0.05, pin=peer.url)
+        now = rig.tick(now, now + 0.1)
+    assert [event.endpoint for event in rig.seen(events.Ejected)] == ([] if paced else [slow.url])
+    for upload in uploads[:3]:
+        rig.finish(now, upload)
+    assert (slow.latency.seconds is None) is paced
+    assert [sample.seconds for sample in slow.recent.since(-math.inf)] == [] if paced else [pytest.approx(now)] * 3
+    rig.finish(now, uploads[3], BROKEN)
+    assert slow.counts.failed == 1

@@ -180,15 +180,15 @@ def test_who_is_behind(heights: list[int | None], lag: int, least: int) -> None:
     states = [state_at(number, height) for number, height in enumerate(heights)]
     view = survey(states, Panic(), "eth", BlockHeight(lag=lag, min_endpoints=least))
     assert not view.panic
-    assert sorted([*view.ready, *view.throttled], key=states.index) == states
+    assert sorted([*view.ready, *view.reserve], key=states.index) == states
     assert len(view.ready) >= min(least, len(states))
     known = [height for height in heights if height is not None]
     kept = [height for state in view.ready if (height := state.scopes["eth"].height) is not None]
-    for state in view.throttled:
+    for state in view.reserve:
         height = state.scopes["eth"].height
         assert height is not None
         assert max(known) - height > lag
         assert all(height <= other for other in kept)
     behind = sum(max(known) - height > lag for height in known) if known else 0
-    assert len(view.throttled) == min(behind, max(0, len(states) - least))
-    assert survey(states, Panic(), "btc", BlockHeight()).throttled == ()
+    assert len(view.reserve) == min(behind, max(0, len(states) - least))
+    assert survey(states, Panic(), "btc", BlockHeight()).reserve == ()

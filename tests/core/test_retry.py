@@ -104,7 +104,7 @@ def test_provably_unsent_is_safe_and_free() -> None:
 
 def test_what_was_refused_is_safe_and_paid_for() -> None:
     """The endpoint says it did nothing with it."""
-    refused = replace(BROKEN, refused=True)
+    refused = replace(BROKEN, unprocessed=True)
     assert run(refused, replace(FIRST, resendable=not_asked)) == (Again(0.0), 1)
     assert run(refused, replace(FIRST, resendable=no), funds=False)[0] == Final("the retry budget is used up")
     assert run(refused, replace(FIRST, replayable=False))[0] == Final("its body is a stream and cannot be sent again")
@@ -218,7 +218,7 @@ OUTCOMES = st.builds(
     sent=st.sampled_from(Sent),
     retry=st.booleans(),
     once=st.booleans(),
-    refused=st.booleans(),
+    unprocessed=st.booleans(),
     retry_after=st.none() | st.floats(),
     status=st.none() | st.sampled_from([200, 429, 500]),
 )
@@ -265,7 +265,7 @@ def test_what_no_strategy_can_change(
     if isinstance(decision, Again):
         assert situation.replayable
         assert situation.eligible
-        assert situation.resendable() or outcome.refused or not maybe_sent
+        assert situation.resendable() or outcome.unprocessed or not maybe_sent
         assert not situation.hopeless
         assert not (outcome.once and situation.once_spent)
         assert outcome.cause is not Cause.CANCELLED

@@ -189,7 +189,7 @@ class World:
             sent=Sent.NOT_SENT if unsent else Sent.MAYBE_SENT,
             retry=True,
             once=bool(flags & 1),
-            refused=bool(flags & 2),
+            unprocessed=bool(flags & 2),
             trip=bool(flags & 4),
             retry_after=retry_after,
             status=None if unsent else 500,
@@ -234,7 +234,7 @@ class World:
         self._check()
         if isinstance(decision, Again):
             assert replayable
-            assert lease.want.resendable or outcome.refused or outcome.sent is Sent.NOT_SENT
+            assert lease.want.resendable or outcome.unprocessed or outcome.sent is Sent.NOT_SENT
             if outcome.once:
                 assert all(want is not lease.want for want in self.spent), "a second time for what is worth one"
                 self.spent.append(lease.want)

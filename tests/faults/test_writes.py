@@ -144,7 +144,7 @@ class Writes:
         (self.answered if answered else self.failed).add(transaction)
         self.resent += len(attempts) > 1
         for attempt in attempts[:-1]:
-            if attempt.outcome.sent is not Sent.NOT_SENT and not attempt.outcome.refused:
+            if attempt.outcome.sent is not Sent.NOT_SENT and not attempt.outcome.unprocessed:
                 self.unsafe.append(attempts)
 
 

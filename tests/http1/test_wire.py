@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from http1_servers import Stream, answering, ask, bench, content, exchange
 
 from pathlb.core.model import Endpoint, Sent
 from pathlb.errors import Fault, UpstreamError
-from pathlb.exchange import Headers, Request
+from pathlb.exchange import Headers, OneShotBody, Request
 from pathlb.testing import http_reply
 
 pytestmark = pytest.mark.anyio
@@ -210,6 +210,28 @@ class TestReply:
             assert reply.headers == [(b"Transfer-Encoding", b"chunked")]
             assert reply.body.trailers == [(b"X-Checksum", b"1"), (b"Set-Cookie", b"a")]  # type: ignore[attr-defined]
             assert len(upstream._idle) == 1
+
+    @pytest.mark.parametrize("closes", [False, True])
+    async def test_an_error_reply_does_not_wait_for_the_rest_of_a_body(self, closes: bool) -> None:
+        """The caller is silent, and may be waiting for the answer itself."""
+        ended = asyncio.Event()
+
+        async def silent() -> AsyncIterator[bytes]:
+            try:
+                yield b"half"
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+        async with bench() as (server, upstream):
+            request = asyncio.create_task(upstream.send(ask("POST", [length(8)], OneShotBody(silent())), []))
+            peer = await server.accept()
+            await peer.head()
+            await peer.send(http_reply(413, headers=[(b"Connection", b"close")] if closes else []))
+            reply = await request
+            assert (reply.status, await content(reply)) == (413, b"ok")
+            assert ended.is_set()
+            assert not upstream._idle  # half a request is on it
 
     async def test_informational_replies_are_passed_over(self) -> None:
         early = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * 100

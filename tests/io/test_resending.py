@@ -377,7 +377,11 @@ class TestOverPATH:
         assert response.status_code == 200
         assert response.json()["result"].startswith("0x")
         outcomes = [attempt.outcome for attempt in response.extensions["pathlb"]["attempts"]]
-        assert [(outcome.status, outcome.refused) for outcome in outcomes] == [(500, True), (400, True), (200, False)]
+        assert [(outcome.status, outcome.unprocessed) for outcome in outcomes] == [
+            (500, True),
+            (400, True),
+            (200, False),
+        ]
         assert gateways.transactions() == {TRANSACTION: 1}
         assert parsed == [], "nobody had to know"
 
@@ -432,7 +436,7 @@ class TestOverPATH:
         gateways[1].set_service("eth", ServiceMode.SUPPLIERS_FAIL)
         response, _ = await self.ask(stack, gateways.urls, READ)
         outcomes = [attempt.outcome for attempt in response.extensions["pathlb"]["attempts"]]
-        assert [(outcome.cause, outcome.status) for outcome in outcomes] == [(Cause.OVERLOAD, 429), (Cause.BEYOND, 500)]
+        assert [(outcome.cause, outcome.status) for outcome in outcomes] == [(Cause.BEYOND, 429), (Cause.BEYOND, 500)]
 
     async def test_faults_of_the_gateways_do_not_count_towards_it(self, stack: Stack, gateways: Fleet) -> None:
         gateways[0].set_mode(Mode.FAIL, status=502)

@@ -165,7 +165,7 @@ class TestAsItCame:
             [attempt(A)],
             [attempt(A, NOT_SENT), attempt(B)],
             [attempt(A, NOT_SENT), attempt(B, LOST)],
-            [attempt(A, replace(OK, status=500, refused=True)), attempt(B)],
+            [attempt(A, replace(OK, status=500, unprocessed=True)), attempt(B)],
         ],
     )
     async def test_known_before_anybody_can_have_had_it_from_us(self, attempts: Any) -> None:

@@ -41,7 +41,7 @@ NETWORK_WIDE = {
     ServiceMode.NO_SESSION: Cause.SERVICE,
     ServiceMode.SUPPLIERS_FAIL: Cause.BEYOND,
     ServiceMode.EMPTY: Cause.BEYOND,
-    ServiceMode.RATE_LIMITED: Cause.OVERLOAD,
+    ServiceMode.RATE_LIMITED: Cause.BEYOND,
 }
 
 
@@ -142,7 +142,13 @@ def check_breaker(trace: list[str]) -> None:
 # --- one service, on one gateway
 
 BREAKER_OPENS = [ServiceMode.NO_SESSION, ServiceMode.NOT_CONFIGURED]
-EJECTED = [ServiceMode.SUPPLIERS_FAIL, ServiceMode.EMPTY, ServiceMode.HANG, ServiceMode.SLOW]
+EJECTED = [
+    ServiceMode.SUPPLIERS_FAIL,
+    ServiceMode.EMPTY,
+    ServiceMode.RATE_LIMITED,
+    ServiceMode.HANG,
+    ServiceMode.SLOW,
+]
 
 
 @pytest.mark.parametrize("mode", BREAKER_OPENS + EJECTED)

@@ -177,7 +177,7 @@ async def test_a_compressed_error_is_understood(coding: str, chunked: bool) -> N
             response = await post(client, WRITE)
             assert response.content == b"healthy"
             first = attempts_of(response)[0].outcome
-            assert (first.cause, first.key, first.refused) == (Cause.SERVICE, "eth", True)
+            assert (first.cause, first.key, first.unprocessed) == (Cause.SERVICE, "eth", True)
         async with client_of(server) as client:
             async with client.stream("POST", "/v1", json=WRITE, headers=of_service("eth")) as streamed:
                 assert b"".join([part async for part in streamed.aiter_raw()]) == packed

@@ -314,7 +314,7 @@ TABLE: dict[str, list[Case]] = {
         ),
     ],
     "429 | supplier rate limit passed through | no | reads, once": [
-        Case("429", of_service_mode(ServiceMode.RATE_LIMITED), Cause.OVERLOAD, 429, "eth", read=True, once=True),
+        Case("429", of_service_mode(ServiceMode.RATE_LIMITED), Cause.BEYOND, 429, read=True, once=True),
     ],
     "200 with a JSON-RPC error | the chain's verdict | no | no": [
         Case("reverted", of_service_mode(ServiceMode.CHAIN_ERROR), Cause.OK, 200),

@@ -17,6 +17,8 @@ import select
 from contextvars import Context
 from typing import Any, Protocol
 
+import anyio
+
 from ...core.errors import IllegalEvent
 from ...core.model import Sent
 from ...errors import Fault, UpstreamError
@@ -80,6 +82,7 @@ class Connection(asyncio.BufferedProtocol):
         "state",
         "transport",
         "tunnel",
+        "upload",
         "url",
         "used",
     )
@@ -102,6 +105,8 @@ class Connection(asyncio.BufferedProtocol):
         """What replies say about it; made with the transport."""
         self.tunnel: NetworkStream | None = None
         """After a 101: what the connection has become."""
+        self.upload: anyio.CancelScope | None = None
+        """Around the wait for the rest of a request body, whose caller may be slow; it ends when nobody wants it."""
         self._owner = owner
         self._settings = settings
         self._sent = True  # the request is written, body and all
@@ -382,3 +387,5 @@ class Connection(asyncio.BufferedProtocol):
         waiter = self._write_waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
+        if self.upload is not None and self.unwanted:
+            self.upload.cancel()

@@ -23,6 +23,7 @@ _METHODS: dict[str, bytes] = {}
 _TARGETS: set[bytes] = set()
 _PLAIN_NAMES: set[bytes] = set()
 _KNOWN_MAX = 1_000
+_KNOWN_LENGTH = 100
 _LONGEST = 15  # digits of a length: beyond any body, and where readers begin to differ
 
 
@@ -98,7 +99,7 @@ def _method(method: str) -> bytes:
     token = method.encode("ascii", "replace")
     if not _TOKEN.fullmatch(token):
         raise InvalidRequest("the method has characters that are not allowed there")
-    if len(_METHODS) < _KNOWN_MAX:
+    if len(_METHODS) < _KNOWN_MAX and len(method) < _KNOWN_LENGTH:
         _METHODS[method] = token
     return token
 
@@ -106,7 +107,7 @@ def _method(method: str) -> bytes:
 def _is_target(target: bytes) -> bool:
     if not _TARGET.fullmatch(target):
         return False
-    if len(_TARGETS) < _KNOWN_MAX and len(target) < 100:
+    if len(_TARGETS) < _KNOWN_MAX and len(target) < _KNOWN_LENGTH:
         _TARGETS.add(target)
     return True
 
@@ -118,7 +119,7 @@ def _special(name: bytes) -> bytes:
         return lower
     if not _TOKEN.fullmatch(name):
         raise InvalidRequest("a header name has characters that are not allowed there")
-    if len(_PLAIN_NAMES) < _KNOWN_MAX:
+    if len(_PLAIN_NAMES) < _KNOWN_MAX and len(name) < _KNOWN_LENGTH:
         _PLAIN_NAMES.add(name)
     return b""
 

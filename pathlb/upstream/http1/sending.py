@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 
+import anyio
+
 from ...core.model import Sent
 from ...errors import Fault, UpstreamError
 from ...exchange import OneShotBody, Request
@@ -32,19 +34,22 @@ async def send_with_body(connection: Connection, head: Head, request: Request) -
     completely = False
     left = head.length
     try:
-        async for part in parts:
-            if connection.unwanted:
-                break
-            if left is not None:
-                left -= len(part)
-                if left < 0:
-                    raise _wrong_length(connection, head, "more")
-            for piece in _slices(part) if connection.secure else (part,):
-                if piece and not connection.write(piece if left is not None else b"%x\r\n%b\r\n" % (len(piece), piece)):
-                    await connection.drained(timeout)
-        else:
-            completely = not connection.unwanted
+        with anyio.CancelScope() as connection.upload:
+            async for part in parts:
+                if connection.unwanted:
+                    break
+                if left is not None:
+                    left -= len(part)
+                    if left < 0:
+                        raise _wrong_length(connection, head, "more")
+                for piece in _slices(part) if connection.secure else (part,):
+                    data = piece if left is not None else b"%x\r\n%b\r\n" % (len(piece), piece)
+                    if piece and not connection.write(data):
+                        await connection.drained(timeout)
+            else:
+                completely = not connection.unwanted
     finally:
+        connection.upload = None
         if not completely and hasattr(parts, "aclose"):
             await parts.aclose()
     if completely:
