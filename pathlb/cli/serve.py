@@ -25,7 +25,7 @@ _FLAGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "SIGTERM and SIGINT end it: no new connections, requests under way have the grace time (30 s), exit status 0; "
-        "a second one ends it at once. SIGHUP, and a change of the file, make it read the file again; no request is "
+        "a second one ends it at once, with exit status 1. SIGHUP, and a change of the file, make it read the file again; no request is "
         "lost, and a file with errors changes nothing. Exit status: 0 after a signal, 1 if it cannot listen or start, "
         "2 for bad usage and a bad configuration."
     )
