@@ -60,6 +60,8 @@ class Request:
     """URLs of endpoints passed over while another is eligible."""
     key: str | None = None
     """The part of the endpoints this request needs (a service id); None for none in particular."""
+    events_may_pause: bool = False
+    """The body of a reply that is a stream of events is waited for without a read timeout."""
     extensions: dict[str, Any] = field(default_factory=dict)
     """The HTTP library's own (`trace`, `sni_hostname`), handed through to the upstream."""
     present: Callable[[Reply | Exception], Any] | None = None
@@ -120,6 +122,14 @@ class Reply:
     """It came on a connection that had carried a request before."""
     attempts: tuple[Attempt, ...] = ()
     """Every attempt made for this request, the one that brought this reply last."""
+
+
+def is_event_stream(headers: Headers) -> bool:
+    """Whether a reply is a stream of server-sent events, by its fields."""
+    return any(
+        len(name) == 12 and name.lower() == b"content-type" and value.lower().startswith(b"text/event-stream")
+        for name, value in headers
+    )
 
 
 class Attempt(NamedTuple):

@@ -126,25 +126,45 @@ class Gateway:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body: bytes | OneShotBody = b""
-        seen: bytes | None = None
-        closing = False
         try:
             framing, destination, problem = self._direct(scope)
-            if destination is not None or scope["method"] == "POST":  # JSON-RPC gets its refusal as JSON-RPC
-                intake = Intake(receive, framing, self._max_body)
-                try:
-                    body = await intake.begin()
-                finally:
-                    seen = intake.seen
         except BadRequest as exc:
-            destination, problem = None, problem_of(exc)
-            closing = True  # where it ends is anybody's guess
+            await self._answer(scope, send, problem_of(exc), None, closing=True)  # where it ends is anybody's guess
+            return
+        with self._watch.call(receive) as call:
+            intake = Intake(receive, framing, self._max_body, call)
+            try:
+                await self._serve(scope, framing, destination, problem, intake, send, call)
+            except Disconnected:
+                return
+        if call.overdue:
+            if call.answering:
+                raise BrokenOff("its caller does not take the reply")
+            await self._answer(scope, send, problems.SLOW, intake.seen, closing=True)
+
+    async def _serve(
+        self,
+        scope: Scope,
+        framing: Framing,
+        destination: Destination | None,
+        problem: Problem | None,
+        intake: Intake,
+        send: Send,
+        call: Call,
+    ) -> None:
+        """Take the body in and forward the request, or say what is wrong. Raises `Disconnected`."""
+        body: bytes | OneShotBody = b""
+        closing = False
+        try:
+            if destination is not None or scope["method"] == "POST":  # JSON-RPC gets its refusal as JSON-RPC
+                body = await intake.begin()
+        except BadRequest as exc:
+            destination, problem, closing = None, problem_of(exc), True
         except TooLarge:
             destination, problem = None, problems.TOO_LARGE
-        except Disconnected:
-            return
         if destination is None:
+            seen = await intake.glimpse()
+            call.end()
             await self._answer(scope, send, problem or problems.INTERNAL, seen, closing=closing)
             return
         request = self._request(scope, framing, destination, body)
@@ -152,9 +172,7 @@ class Gateway:
             request.headers += _TRAILERS
         if not isinstance(body, bytes):
             request.deadline = _UNHURRIED
-        with self._watch.call(receive, body_read=intake.ended) as call:
-            intake.call = call
-            await self._forward(destination.balancer, request, scope, send, intake, call)
+        await self._forward(destination.balancer, request, scope, send, intake, call)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         from . import websocket  # needs a library
@@ -191,13 +209,13 @@ class Gateway:
     async def _forward(
         self, balancer: Balancer, request: Request, scope: Scope, send: Send, intake: Intake, call: Call
     ) -> None:
-        """Send the request, and to the caller the reply, or what is to be said instead."""
+        """Send the request, and to the caller the reply, or what is to be said instead. Raises `Disconnected`."""
         attempts: Sequence[Attempt] = ()
         closing = False
         try:
             reply = await balancer.send(request)
         except Disconnected:
-            return
+            raise
         except TooLarge:
             problem = problems.TOO_LARGE
         except BadRequest as exc:
@@ -219,8 +237,9 @@ class Gateway:
             else:
                 await _relay(start, reply.body, send, call)
                 return
+        seen = await intake.glimpse()
         call.end()
-        await self._answer(scope, send, problem, intake.seen, attempts, closing=closing)
+        await self._answer(scope, send, problem, seen, attempts, closing=closing)
 
     async def _answer(
         self,
@@ -291,10 +310,15 @@ class Gateway:
         headers = self._request_rules.apply(headers)
         if framing.length is not None and not isinstance(body, bytes):
             headers.append((b"content-length", b"%d" % framing.length))
-        timeouts = to.balancer.timeouts
-        if any(name == b"accept" and b"text/event-stream" in value for name, value in headers):
-            timeouts = timeouts._replace(read=None)  # events may be hours apart; the deadline holds up to the head
-        return Request(scope["method"], to.target, headers, body, host=self._host or host, timeouts=timeouts)
+        return Request(
+            scope["method"],
+            to.target,
+            headers,
+            body,
+            host=self._host or host,
+            timeouts=to.balancer.timeouts,
+            events_may_pause=True,
+        )
 
 
 class BrokenOff(Exception):
@@ -308,12 +332,17 @@ async def _relay(start: Message, body: ReplyBody, send: Send, call: Call) -> Non
         await send(start)
         await send({"type": "http.response.body", "body": body.content})
         return
+    call.answering = True
     try:
+        call.wait()
         await send(start)
         # Some servers keep the head to themselves until there is body, which may take long or never come.
         await send({"type": "http.response.body", "body": b"", "more_body": True})
+        call.go_on()
         async for part in body:
+            call.wait()
             await send({"type": "http.response.body", "body": part, "more_body": True})
+            call.go_on()
         call.end()
         await send({"type": "http.response.body", "body": b""})
     except UpstreamError as exc:

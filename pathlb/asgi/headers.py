@@ -41,6 +41,8 @@ class Framing(NamedTuple):
     """What the peer says about where the request came from: X-Forwarded-For and the like."""
     upgrade: bool
     """It would rather speak another protocol than HTTP/1.1."""
+    expects: bool
+    """The caller sends its body only when it is asked for (`Expect: 100-continue`)."""
     trailers: bool
     """Fields after the body of the reply are welcome."""
 
@@ -119,7 +121,7 @@ def read_request(raw: Iterable[tuple[bytes, bytes]], known: Known, version: str 
     coding: list[bytes] = []
     via: list[bytes] = []
     told: Headers = []
-    upgrade = trailers = learned = False
+    upgrade = expects = trailers = learned = False
     for name, value in [pair for pair in raw if pair[0] not in plain]:
         name = name.lower()
         if name == b"host":
@@ -144,8 +146,10 @@ def read_request(raw: Iterable[tuple[bytes, bytes]], known: Known, version: str 
             upgrade = True
         elif name == b"te":
             trailers = trailers or b"trailers" in _tokens([value])
-        elif name == b"expect" and value.strip().lower() != b"100-continue":
-            raise BadRequest("nothing but 100-continue may be expected", 417)
+        elif name == b"expect":
+            if value.strip().lower() != b"100-continue":
+                raise BadRequest("nothing but 100-continue may be expected", 417)
+            expects = True
     if learned:
         headers = [(lower, value) for name, value in raw if (lower := name.lower()) not in TAKEN_OUT]
     host = known.check_host(host)
@@ -157,7 +161,7 @@ def read_request(raw: Iterable[tuple[bytes, bytes]], known: Known, version: str 
     if multiplexed:
         headers = _with_one_cookie(headers)
     open_ended = length is None and (multiplexed or bool(coding))
-    return Framing(headers, host, length, open_ended, via, told, upgrade and not multiplexed, trailers)
+    return Framing(headers, host, length, open_ended, via, told, upgrade and not multiplexed, expects, trailers)
 
 
 def read_reply(raw: Headers, status: int, known: Known) -> Headers:

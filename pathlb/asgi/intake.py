@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import anyio
 
-from ..exchange import OneShotBody
+from ..exchange import Headers, OneShotBody
 from .headers import BadRequest, Framing
 from .types import Message, Receive
 from .watch import Call, Disconnected
@@ -14,7 +14,7 @@ from .watch import Call, Disconnected
 REPLAYED = 65_536
 """Bytes of a request body that are held, so that it can be sent again; a longer one streams, and is sent once."""
 
-_PATIENCE = 60.0  # seconds to wait for the next part of a body that streams: it keeps an upstream waiting
+_GLIMPSE = 1.0  # seconds to wait for the beginning of a body, for an answer that is to be of its kind
 
 
 class TooLarge(Exception):
@@ -24,20 +24,19 @@ class TooLarge(Exception):
 class Intake:
     """The request body: in memory if it is short, else as it comes."""
 
-    __slots__ = ("_framing", "_held", "_max_body", "_receive", "_size", "call", "ended", "seen")
+    __slots__ = ("_call", "_framing", "_held", "_max_body", "_receive", "_size", "ended", "seen")
 
-    def __init__(self, receive: Receive, framing: Framing, max_body: int) -> None:
+    def __init__(self, receive: Receive, framing: Framing, max_body: int, call: Call) -> None:
+        self._call = call
         self._receive = receive
         self._framing = framing
         self._max_body = max_body
         self._held: list[bytes] = []
         self._size = 0
-        self.ended = not framing.length and not framing.open_ended
+        self.ended = call.body_read = not framing.length and not framing.open_ended
         """Nothing of it is still to come."""
         self.seen = b""
         """All of a body that is held, else its beginning."""
-        self.call: Call | None = None
-        """What is told when the body has ended."""
 
     async def begin(self) -> bytes | OneShotBody:
         """The body, in as far as it is held. Raises `BadRequest`, `Disconnected` and `TooLarge`."""
@@ -50,13 +49,24 @@ class Intake:
             if length > REPLAYED:
                 return OneShotBody(self._rest())
         held = self._held
+        self._call.wait()
         try:
             while not self.ended and self._size <= REPLAYED:
                 held.append(await self._next())
         finally:
+            self._call.go_on()
             self.seen = held[0] if len(held) == 1 else b"".join(held)
         short = self._size <= REPLAYED
         return self.seen if short and self.ended else OneShotBody(self._rest())
+
+    async def glimpse(self) -> bytes:
+        """What is known of the body, for an answer that is to be of its kind: of JSON at least the beginning, if that
+        comes by itself.
+        """
+        if not self.seen and not self.ended and not self._framing.expects and _is_json(self._framing.headers):
+            with anyio.move_on_after(_GLIMPSE):
+                self.seen = (await self._receive()).get("body", b"")
+        return self.seen
 
     async def _next(self) -> bytes:
         message: Message = await self._receive()
@@ -68,8 +78,7 @@ class Intake:
             raise TooLarge
         if not message.get("more_body", False):
             self.ended = True
-            if self.call is not None:
-                self.call.body_read = True
+            self._call.body_read = True
             self._check_end()
         return part
 
@@ -84,9 +93,12 @@ class Intake:
             yield part
         self._held.clear()
         while not self.ended:
-            with anyio.move_on_after(_PATIENCE) as waiting:
-                part = await self._next()
-            if waiting.cancelled_caught:
-                raise BadRequest("the request body did not come in time", 408)
+            self._call.wait()
+            part = await self._next()
+            self._call.go_on()
             self.seen = self.seen or part
             yield part
+
+
+def _is_json(headers: Headers) -> bool:
+    return any(name == b"content-type" and b"json" in value for name, value in headers)

@@ -45,6 +45,7 @@ OVER_CAPACITY = Problem(503, "Service Unavailable", "every gateway is at its lim
 BAD_GATEWAY = Problem(502, "Bad Gateway", "the gateway did not answer", -32014)
 BAD_REPLY = Problem(502, "Bad Gateway", "the gateway answered with what cannot be handed over", -32014)
 TIMEOUT = Problem(504, "Gateway Timeout", "the gateway did not answer in time", -32015)
+SLOW = Problem(408, "Request Timeout", "the request body did not come in time", -32600)
 INTERNAL = Problem(500, "Internal Server Error", "this gateway failed", -32603)
 
 _ALLOWED = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, QUERY"

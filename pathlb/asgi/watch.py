@@ -7,6 +7,7 @@ timer looks for requests that have been under way for a while, and only those ar
 from __future__ import annotations
 
 import logging
+import math
 import time
 from types import TracebackType
 
@@ -17,6 +18,10 @@ from .types import Receive
 
 logger = logging.getLogger("pathlb")
 
+PATIENCE = 60.0
+"""Seconds a caller may take for a short body, for the next part of a long one, or to take a part of the reply (nginx's
+client_body_timeout and send_timeout): it holds a connection to a gateway, or a task at least.
+"""
 _LOOK_EVERY = 0.05  # seconds a request may take before anybody waits for its caller to leave
 _FOREVER = 1e9
 
@@ -33,18 +38,16 @@ class Watch:
         self._calls: dict[Call, None] = {}
         self._looking = False
 
-    def call(self, receive: Receive, *, body_read: bool) -> Call:
-        """A scope around what is done for one caller; it ends early (`left`) when the caller leaves.
-
-        `body_read`: the request body has been received. If not, who reads it says so on the call, and notices a
-        caller that leaves before.
+    def call(self, receive: Receive) -> Call:
+        """A scope around what is done for one caller; it ends early when the caller leaves (`left`), or makes itself
+        waited for too long (`overdue`).
         """
         runner = self._runner
         if runner is None or runner.home is not current_home():
             runner = self._runner = make_runner()
             self._calls.clear()
             self._looking = False
-        call = Call(self, receive, runner.scope(_FOREVER), body_read)
+        call = Call(self, receive, runner.scope(_FOREVER))
         self._calls[call] = None
         if not self._looking:
             self._looking = True
@@ -56,11 +59,14 @@ class Watch:
 
     def _look(self) -> bool:
         assert self._runner is not None  # the tick is its
-        before = time.monotonic() - _LOOK_EVERY
+        now = time.monotonic()
+        before = now - _LOOK_EVERY
         for call in self._calls:
             if call.began > before:
                 break  # the younger ones follow
-            if call.body_read and not call.watched:
+            if call.due <= now:
+                call.lose_patience()
+            elif call.body_read and not call.watched:
                 call.watched = True
                 self._runner.spawn(call.wait_for_end)
         self._looking = bool(self._calls)
@@ -70,20 +76,40 @@ class Watch:
 class Call:
     """One caller's request under way."""
 
-    __slots__ = ("_ended", "_receive", "_scope", "_watch", "_watcher", "began", "body_read", "left", "watched")
+    __slots__ = (
+        "_receive",
+        "_scope",
+        "_watch",
+        "_watcher",
+        "answering",
+        "began",
+        "body_read",
+        "due",
+        "ended",
+        "left",
+        "overdue",
+        "watched",
+    )
 
-    def __init__(self, watch: Watch, receive: Receive, scope: AttemptScope, body_read: bool) -> None:
+    def __init__(self, watch: Watch, receive: Receive, scope: AttemptScope) -> None:
         self._watch = watch
         self._receive = receive
         self._scope = scope
         self.began = time.monotonic()
-        self.body_read = body_read
-        """Nobody reads the request body, or goes on reading it."""
+        self.body_read = False
+        """Nobody reads (on in) the request body; until then who reads it notices a caller that leaves."""
+        self.due = math.inf
+        """When a caller that is waited for is overdue."""
+        self.overdue = False
+        """It was, and what was done for it has been cancelled."""
+        self.answering = False
+        """It has been given the beginning of an answer."""
         self.left = False
         """The caller is gone."""
         self.watched = False
         """Somebody waits for the caller to leave."""
-        self._ended = False
+        self.ended = False
+        """Nobody waits for the caller any more."""
         self._watcher: anyio.CancelScope | None = None
 
     def __enter__(self) -> Call:
@@ -96,24 +122,38 @@ class Call:
         self.end()
         return self._scope.__exit__(exc_type, exc, tb)
 
+    def wait(self) -> None:
+        """From here on it is the caller who is waited for."""
+        self.due = time.monotonic() + PATIENCE
+
+    def go_on(self) -> None:
+        """The caller has done what it was waited for."""
+        self.due = math.inf
+
+    def lose_patience(self) -> None:
+        """Give up what is done for a caller that is overdue."""
+        self.overdue = True
+        self.due = math.inf
+        self._scope.cancel()
+
     def end(self) -> None:
         """The answer is about to be complete: then servers say of a caller that it has left. Ending twice is fine."""
-        if self._ended:
+        if self.ended:
             return
-        self._ended = True
+        self.ended = True
         self._watch.done(self)
         if self._watcher is not None:
             self._watcher.cancel()
 
     async def wait_for_end(self) -> None:
         """Wait for the caller to leave."""
-        if self._ended:
+        if self.ended:
             return
         try:
             with anyio.CancelScope() as self._watcher:
                 while (await self._receive())["type"] != "http.disconnect":
                     pass  # the rest of a body that was answered before its end
-                if not self._ended:
+                if not self.ended:
                     self.left = True
                     self._scope.cancel()
         except Exception:  # then nobody watches this one

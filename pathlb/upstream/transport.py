@@ -16,7 +16,8 @@ import httpx
 from ..core.errors import ConfigError
 from ..core.model import Endpoint, Sent
 from ..errors import Fault, UpstreamError
-from ..exchange import Headers, OneShotBody, Reply, Request, WholeBody
+from ..exchange import Headers, OneShotBody, Reply, Request, WholeBody, is_event_stream
+from .http1.head import framing_of
 from .oserrors import causes_of, is_local, reason_of
 
 _FAULTS = {fault.value: fault for fault in Fault}
@@ -25,6 +26,9 @@ DEFAULT_STACK: ModuleType = httpx
 
 # Parsers quote the bytes they choke on, which may be a credential ("Illegal header value b'Bearer ...'").
 _QUOTED = re.compile(r"""\b(bytearray\()?b['"].*""", re.DOTALL)
+
+
+_FRAMING = (b"content-length", b"transfer-encoding")
 
 
 class TransportUpstream:
@@ -48,8 +52,10 @@ class TransportUpstream:
         endpoint, stack = self._endpoint, self._stack
         target = endpoint.base_path + request.target
         headers = [(b"Host", request.host or endpoint.authority), *request.headers, *extra_headers]
+        if not any(name.lower() in _FRAMING for name, _ in headers):
+            headers += framing_of(request)
         extensions = dict(request.extensions)
-        extensions["timeout"] = request.timeouts._asdict()
+        timeouts = extensions["timeout"] = request.timeouts._asdict()
         if endpoint.server_hostname is not None:
             extensions.setdefault("sni_hostname", endpoint.server_hostname)
         body = request.body
@@ -78,9 +84,12 @@ class TransportUpstream:
         except BaseException:
             await self._close_lost()
             raise
+        raw: Headers = response.headers.raw
+        if request.events_may_pause and is_event_stream(raw):
+            timeouts["read"] = None  # httpcore looks it up when it begins to read the body
         return Reply(
             status=response.status_code,
-            headers=response.headers.raw,
+            headers=raw,
             body=_TransportBody(response.stream, self),
             http_version=response.extensions.get("http_version", b"HTTP/1.1"),
             reason=response.extensions.get("reason_phrase", b""),

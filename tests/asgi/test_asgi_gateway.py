@@ -13,14 +13,14 @@ from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from pathlb import JSONRPC, Balancer, ConfigError, Limits
-from pathlb.asgi import Gateway, Route, intake, watch
+from pathlb import JSONRPC, Balancer, ConfigError, Limits, TransportUpstreams
+from pathlb.asgi import Gateway, Route, watch
 from pathlb.asgi.gateway import BrokenOff
 from pathlb.asgi.types import ASGIApp, Message
 from pathlb.core.model import Sent
 from pathlb.errors import Fault, UpstreamError
 from pathlb.exchange import Headers, Reply, Request, Timeouts, WholeBody
-from pathlb.testing import ScriptedUpstream
+from pathlb.testing import Fleet, ScriptedUpstream
 
 pytestmark = pytest.mark.anyio
 
@@ -384,13 +384,89 @@ class TestBodies:
         assert (exchange.status, len(taking.bodies[0])) == (200, 2 * len(PART) + 1)
         await balancer.aclose()
 
-    async def test_a_long_one_that_stops_coming(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(intake, "_PATIENCE", 0.01)
+    @pytest.mark.parametrize("parts", [[b"x"], [PART, PART]], ids=["short", "long"])
+    async def test_one_that_stops_coming(self, parts: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(watch, "PATIENCE", 0.01)
         balancer = balancing(ScriptedUpstream(Taking()))
-        exchange = await Exchange("/", PART, PART, anyio.Event(), b"x").run(Gateway(balancer))
+        exchange = await Exchange("/", *parts, anyio.Event(), b"x").run(Gateway(balancer))
         assert (exchange.status, exchange.one(b"connection")) == (408, b"close")
         assert balancer.snapshot().in_flight == 0
         await balancer.aclose()
+
+    async def test_a_caller_that_takes_nothing_of_its_reply(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It holds a place at an endpoint, and would for ever."""
+        monkeypatch.setattr(watch, "PATIENCE", 0.01)
+        body = Parts([PART, PART])
+        balancer = balancing(ScriptedUpstream(lambda *_: Reply(200, [], body)))
+        exchange = Exchange()
+        exchange.take(len(PART))
+        with pytest.raises(BrokenOff, match="does not take"):
+            await exchange.run(Gateway(balancer))
+        assert body.closed
+        assert balancer.snapshot().in_flight == 0
+        await balancer.aclose()
+
+    async def test_a_caller_that_waits_for_its_reply_is_not_hurried(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(watch, "PATIENCE", 0.01)
+        looked = anyio.Event()
+        gateway = Gateway(balancing(ScriptedUpstream(lambda *_: Reply(200, [], Parts([b"a", looked, b"b"])))))
+        real = gateway._watch._look
+
+        def look() -> bool:
+            again = real()
+            if gateway._watch._calls:
+                looked.set()
+            return again
+
+        monkeypatch.setattr(gateway._watch, "_look", look)
+        exchange = await Exchange("/", b"x").run(gateway)
+        assert (exchange.status, exchange.body, exchange.whole) == (200, b"ab", True)
+        await gateway.balancers[0].aclose()
+
+    @pytest.mark.parametrize("why", ["too large", "no endpoint"])
+    async def test_a_long_json_rpc_call_is_refused_in_json_rpc(self, why: str) -> None:
+        """Of what nobody has read the beginning is looked at; its id is not known then."""
+        balancer = balancing(ScriptedUpstream(Taking()))
+        gateway = Gateway(balancer, max_body=10 if why == "too large" else 10**6)
+        if why == "no endpoint":
+            balancer.drain(URL)
+        call = b'{"jsonrpc":"2.0","id":7,"method":"eth_call","params":["'
+        for kind, expected in (
+            (b"application/json", b"application/json"),
+            (b"text/plain", b"application/problem+json"),
+        ):
+            exchange = Exchange("/", call, PART, PART, headers=[(b"content-type", kind)])
+            await exchange.run(gateway)
+            assert exchange.status == (413 if why == "too large" else 503)
+            assert exchange.one(b"content-type") == expected
+        assert (
+            json.loads(
+                (await Exchange("/", call, PART, headers=[(b"content-type", b"application/json")]).run(gateway)).body
+            )["id"]
+            is None
+        )
+        asked = Exchange(
+            "/", call, PART, headers=[(b"content-type", b"application/json"), (b"expect", b"100-continue")]
+        )
+        await asked.run(gateway)
+        assert asked.calls == 0  # a server takes the first call for the go-ahead
+        await balancer.aclose()
+
+
+class TestOverTransports:
+    """Where pathlb's own connections do not serve: trio, HTTP/2, proxies."""
+
+    @pytest.mark.parametrize(
+        ("parts", "chunked"),
+        [([b"{}"], False), ([b"{", b"}"], True), ([PART, PART], False), ([PART, PART], True), ([], False)],
+        ids=["short", "chunks", "long", "long, in chunks", "none"],
+    )
+    async def test_bodies_are_framed(self, parts: list[bytes], chunked: bool) -> None:
+        with Fleet(1) as fleet:
+            balancer = Balancer(fleet.urls, upstream=TransportUpstreams())
+            exchange = await Exchange("/v1", *parts, chunked=chunked).run(Gateway(balancer))
+            assert (exchange.status, balancer.snapshot().in_flight) == (200, 0)
+            await balancer.aclose()
 
 
 class TestPace:
@@ -641,9 +717,8 @@ class TestFields:
         assert only(upstream).timeouts == balancer.timeouts
 
     async def test_events_may_be_far_apart(self, balancer: Balancer, upstream: ScriptedUpstream) -> None:
-        exchange = Exchange(headers=[(b"accept", b"text/event-stream, */*;q=0.1")])
-        await exchange.run(Gateway(balancer))
-        assert only(upstream).timeouts == balancer.timeouts._replace(read=None)
+        await Exchange().run(Gateway(balancer))
+        assert only(upstream).events_may_pause
 
     async def test_the_load_of_an_endpoint_is_not_the_callers_business(self) -> None:
         load = [(b"Endpoint-Load-Metrics", b"TEXT cpu_utilization=0.5"), (b"endpoint-load-metrics-bin", b"AAAA")]

@@ -25,13 +25,13 @@ from websockets.sync import server as sync_server
 from websockets.utils import accept_key
 
 from pathlb import Balancer, LeastConnections, PATHProfile, RoundRobin
-from pathlb.asgi import Gateway, Route, websocket
+from pathlb.asgi import Gateway, Route, relay
 from pathlb.asgi.types import Message
 from pathlb.core.errors import ConfigError
 from pathlb.core.events import Observed
 from pathlb.core.model import Sent
 from pathlb.errors import Fault, UpstreamError
-from pathlb.exchange import Reply
+from pathlb.exchange import Reply, WholeBody
 from pathlb.testing import Body, FaultServer, Fleet, Hang, ReadRequest, ScriptedUpstream, Send, refused_url
 
 pytestmark = pytest.mark.anyio
@@ -710,6 +710,48 @@ class TestHandshake:
                 writer.close()
             await at_rest(balancer)
 
+    async def test_the_caller_leaves_as_the_answer_comes(self) -> None:
+        """Both in one turn of the loop: nobody will say again that it left."""
+        at_once, closed = asyncio.Event(), asyncio.Event()
+
+        class Leaving(Caller):
+            async def receive(self) -> Message:
+                if not self._inbox.empty():
+                    return await self._inbox.get()
+                await at_once.wait()
+                return {"type": "websocket.disconnect", "code": 1006}
+
+        class ItsBody(WholeBody):
+            async def aclose(self) -> None:
+                closed.set()
+
+        async def answer(*_: Any) -> Reply:
+            await at_once.wait()
+            return Reply(101, [], ItsBody(b""))
+
+        scripted = ScriptedUpstream(answer)
+        async with Balancer(["http://scripted.test"], upstream=lambda _: scripted) as balancer:
+            caller = Leaving()
+            async with caller.calling(Gateway(balancer)):
+                await until(lambda: scripted.count)
+                at_once.set()
+                await asyncio.wait_for(closed.wait(), PATIENCE)
+            assert caller.sent == []
+
+    async def test_a_caller_that_takes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(relay, "PATIENCE", 0.01)
+        monkeypatch.setattr(relay, "_CLOSING", 0.01)
+        async with raw_upstream() as (balancer, gateway):
+            caller = Caller()
+            async with caller.calling(Gateway(balancer)):
+                reader, writer = await gateway.accept()
+                await caller.hears("websocket.accept")
+                caller.open.clear()
+                writer.write(b"\x81\x02hi")
+                assert await frame_of(reader) == (0x8, struct.pack("!H", 1001))
+                writer.close()
+            await at_rest(balancer)
+
     async def test_without_the_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, "pathlb.asgi.websocket")
         monkeypatch.delattr("pathlb.asgi.websocket")
@@ -765,7 +807,7 @@ class TestOpen:
 
     async def test_a_silent_gateway_is_pinged(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """And one that answers stays."""
-        monkeypatch.setattr(websocket, "_QUIET", 0.01)
+        monkeypatch.setattr(relay, "_QUIET", 0.01)
         async with raw_upstream() as (balancer, gateway):
             caller = Caller()
             async with caller.calling(Gateway(balancer)):
@@ -784,8 +826,8 @@ class TestOpen:
 
     async def test_a_gateway_that_does_not_answer_pings(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Is no more, whatever the network says."""
-        monkeypatch.setattr(websocket, "_QUIET", 0.01)
-        monkeypatch.setattr(websocket, "_PONG", 0.01)
+        monkeypatch.setattr(relay, "_QUIET", 0.01)
+        monkeypatch.setattr(relay, "_PONG", 0.01)
         async with raw_upstream() as (balancer, gateway):
             caller = Caller()
             async with caller.calling(Gateway(balancer)):
@@ -885,7 +927,7 @@ class TestOpen:
             await at_rest(balancer)
 
     async def test_a_caller_that_left_and_is_never_reported(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(websocket, "_CLOSING", 0.01)
+        monkeypatch.setattr(relay, "_CLOSING", 0.01)
         async with raw_upstream() as (balancer, gateway):
             caller = Caller()
             async with caller.calling(Gateway(balancer)):
@@ -901,7 +943,7 @@ class TestOpen:
     async def test_a_gateway_that_cannot_be_written_to(self, says_why: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         """It may have closed in good order: then this counts."""
         if not says_why:
-            monkeypatch.setattr(websocket, "_CLOSING", 0.01)
+            monkeypatch.setattr(relay, "_CLOSING", 0.01)
 
         class Stream:
             def __init__(self) -> None:
@@ -927,7 +969,7 @@ class TestOpen:
 
     async def test_a_gateway_that_does_not_close(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Is not waited for without end."""
-        monkeypatch.setattr(websocket, "_CLOSING", 0.01)
+        monkeypatch.setattr(relay, "_CLOSING", 0.01)
         async with raw_upstream() as (balancer, gateway):
             caller = Caller()
             async with caller.calling(Gateway(balancer)):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from http1_kit import PATIENCE, turns
-from http1_servers import Stream, answering, ask, bench, content, exchange
+from http1_servers import Stream, answering, ask, bench, content, exchange, failure, moved_clock
 
 from pathlb.core.model import Endpoint, Sent
 from pathlb.errors import Fault, UpstreamError
@@ -210,6 +210,26 @@ class TestReply:
             assert reply.headers == [(b"Transfer-Encoding", b"chunked")]
             assert reply.body.trailers == [(b"X-Checksum", b"1"), (b"Set-Cookie", b"a")]  # type: ignore[attr-defined]
             assert len(upstream._idle) == 1
+
+    @pytest.mark.parametrize(
+        ("kind", "pauses"), [(b"text/event-stream; charset=utf-8", True), (b"application/json", False)]
+    )
+    @pytest.mark.parametrize("may_pause", [True, False])
+    async def test_events_may_be_far_apart(self, kind: bytes, pauses: bool, may_pause: bool) -> None:
+        async with bench() as (server, upstream):
+            with moved_clock() as skip:
+                request = asyncio.create_task(upstream.send(ask(read=9.0, events_may_pause=may_pause), []))
+                peer = await server.accept()
+                await peer.answer(b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nContent-Length: 2\r\n\r\n" % kind)
+                body = asyncio.create_task(content(await request))
+                await turns()
+                skip(10.0)
+                await turns()
+                if pauses and may_pause:
+                    await peer.send(b"ok")
+                    assert await body == b"ok"
+                else:
+                    assert (await failure(body)).fault is Fault.READ_TIMEOUT
 
     @pytest.mark.parametrize("closes", [False, True])
     async def test_an_error_reply_does_not_wait_for_the_rest_of_a_body(self, closes: bool) -> None:

@@ -21,6 +21,8 @@ _HEAD_START = 0.25  # seconds an address has before the next one is tried beside
 Address = tuple[int, Any]
 """Family and socket address."""
 
+_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}  # seconds; two minutes in all
+
 
 class Dialer:
     """Connects to one endpoint."""
@@ -93,6 +95,7 @@ class Dialer:
             sock.setblocking(False)
             if family != socket.AF_UNIX:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                _keep_alive(sock)
                 if self._local is not None:
                     sock.bind(self._local)
             await asyncio.get_running_loop().sock_connect(sock, where)
@@ -151,6 +154,14 @@ class Dialer:
 
     def _error(self, fault: Fault, detail: str, *, local: bool = False) -> UpstreamError:
         return UpstreamError(fault, Sent.NOT_SENT, self._endpoint.url, detail, local=local)
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    """Have the system ask a silent peer whether it is there still: a host that vanished ends no connection."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):  # each system has some
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 async def _first_success(

@@ -95,6 +95,16 @@ def write_head(request: Request, target: bytes, host: bytes, extra: Headers) -> 
     return Head(data, length, closes, upgrades, expects and length != 0)
 
 
+def framing_of(request: Request) -> Headers:
+    """The field that a body without one is to have."""
+    body = request.body
+    if not isinstance(body, bytes):
+        return [(b"Transfer-Encoding", b"chunked")]
+    if body or request.method in _BODY_EXPECTED:
+        return [(b"Content-Length", b"%d" % len(body))]
+    return []
+
+
 def _method(method: str) -> bytes:
     token = method.encode("ascii", "replace")
     if not _TOKEN.fullmatch(token):

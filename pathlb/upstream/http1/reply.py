@@ -22,12 +22,12 @@ class IncomingReply:
 
     __slots__ = (
         "_connection",
-        "_read_timeout",
         "error",
         "headed",
         "headers",
         "held",
         "parts",
+        "read_timeout",
         "reason",
         "status",
         "trailers",
@@ -38,7 +38,8 @@ class IncomingReply:
 
     def __init__(self, connection: Connection, read_timeout: float | None) -> None:
         self._connection = connection
-        self._read_timeout = read_timeout
+        self.read_timeout = read_timeout
+        """Seconds to wait for more; None is no limit."""
         self.status = 0
         self.reason = b""
         self.version = b""
@@ -62,7 +63,7 @@ class IncomingReply:
         """Wait until there is more of the reply, or its failure; for at most the read timeout."""
         connection = self._connection
         waiter = self.waiter = connection.loop.create_future()
-        connection.expect_read(self._read_timeout)
+        connection.expect_read(self.read_timeout)
         try:
             await waiter
         except BaseException:

@@ -12,7 +12,7 @@ from functools import partial
 
 from ...core.model import Endpoint, Rng, Sent
 from ...errors import Fault, UpstreamError
-from ...exchange import Headers, Reply, ReplyBody, Request, WholeBody
+from ...exchange import Headers, Reply, ReplyBody, Request, WholeBody, is_event_stream
 from .connection import Connection, State
 from .dial import Dialer
 from .head import InvalidRequest, write_head
@@ -106,6 +106,8 @@ class Http1Upstream:
             reply_body = TunnelBody(connection.tunnel)
         else:
             reply_body = reply
+            if request.events_may_pause and is_event_stream(reply.headers):
+                reply.read_timeout = None
         return Reply(
             reply.status,
             reply.headers,
