@@ -268,7 +268,8 @@ class Balancer:
         """Send a request to the best endpoint, again where that is safe, and return the reply, its body still to come.
 
         The reply's body must be closed. Raises `NoEligibleEndpoint`, `QueueFull`, `QueueTimeout`, `DeadlineExceeded`,
-        `RequestTooLarge`, `UpstreamError` (the last attempt's) or `UsageError`; all carry `attempts`.
+        `RequestTooLarge`, `UpstreamError` (the last attempt's) or `UsageError`; all carry `attempts`, but for the
+        `DeadlineExceeded` of a caller that has left (`BalancerMiddleware`): they went with the call.
         """
         if self._profile is not None:
             self._profile.prepare(request)

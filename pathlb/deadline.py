@@ -77,7 +77,8 @@ class Bound:
     ) -> Reply:
         """`way(request)`, within this. `deadline` are the seconds it has otherwise, where the request does not say.
 
-        Raises `DeadlineExceeded`, and what `way` raises.
+        Raises `DeadlineExceeded`, which says nothing of attempts when it is `cancel` that ended the call: they go with
+        it, and the one under way has no outcome. And what `way` raises.
         """
         left = self.remaining
         if self.gone or left <= 0:

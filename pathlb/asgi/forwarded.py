@@ -26,6 +26,8 @@ FORWARDED = frozenset(spelling for name in _NAMES for spelling in _spellings(nam
 """The fields that say where a request came from."""
 
 UNIX = "unix:"
+STANDARD = "forwarded:"
+"""Before a network: its proxies write Forwarded."""
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _ADDRESSES_KEPT = 10_000
 _LONGEST_ADDRESS = 64
@@ -47,38 +49,21 @@ class Forwarding:
     """Replaces what a peer says about where a request came from by what is known.
 
     `trusted` are the networks (CIDR, or single addresses, or `unix:` for peers on a unix socket) of proxies in front,
-    whose word counts; nobody else's does, and what others sent is taken out. Raises `ConfigError`.
+    whose word counts; nobody else's does, and what others sent is taken out. Most proxies write X-Forwarded fields,
+    and hand on a Forwarded (RFC 7239) as their caller made it up: so that is not read. Of `forwarded:10.0.0.0/8` it is
+    the other way round: those proxies write Forwarded, and nothing else is read. Raises `ConfigError`.
     """
 
     def __init__(self, trusted: Iterable[str] = ()) -> None:
         if isinstance(trusted, str):
             raise ConfigError("trusted", f"must be a list of networks: [{trusted!r}]")
-        networks = list(trusted)
-        self._trusts_unix = UNIX in networks
-        self._trusted: list[_Network] = []
-        for network in networks:
-            if network == UNIX:
-                continue
-            try:
-                self._trusted.append(ipaddress.ip_network(network, strict=False))
-            except ValueError as exc:
-                raise ConfigError("trusted", f"{network!r} is not a network: {exc}") from None
-        self._known: dict[str, bool] = {}
+        networks = [str(network) for network in trusted]
+        self._trusted = _Peers(network.removeprefix(STANDARD) for network in networks)
+        self._standard = _Peers(network.removeprefix(STANDARD) for network in networks if network.startswith(STANDARD))
 
     def trusts(self, address: str) -> bool:
         """Whether the peer at this address is one of the trusted proxies; it has none on a unix socket."""
-        if not address:
-            return self._trusts_unix
-        if not self._trusted:
-            return False
-        known = self._known.get(address)
-        if known is None:
-            known = self._is_in(address)
-            if len(self._known) >= _ADDRESSES_KEPT:
-                self._known.clear()
-            if len(address) <= _LONGEST_ADDRESS:
-                self._known[address] = known
-        return known
+        return self._trusted.include(address)
 
     def apply(self, told: Headers, peer: str, scheme: str, host: bytes) -> Headers:
         """The fields to send. `told` are those of `FORWARDED` that came, `peer` the address the request came from."""
@@ -86,13 +71,13 @@ class Forwarding:
         proto, asked = scheme.encode("latin-1"), host
         kept: Headers = []
         if told and self.trusts(peer):
-            hops = _x_hops(told)
-            if hops:
-                kept = [pair for pair in told if pair[0] in (b"x-forwarded-port", b"x-forwarded-prefix")]
-            else:
+            if self._standard.include(peer):
                 hops, elements = _hops(told)
                 if elements:
                     kept = [(b"forwarded", b", ".join([*elements, b"for=" + _node(source)]))]
+            else:
+                hops = _x_hops(told)
+                kept = [pair for pair in told if pair[0] in (b"x-forwarded-port", b"x-forwarded-prefix")]
             first = self._first_untrusted(hops)
             chain = b", ".join([*(hop.source for hop in hops if hop.source), source])
             source, proto, asked = first.source or source, first.proto or proto, first.host or asked
@@ -108,14 +93,46 @@ class Forwarding:
                 return hop
         return hops[0] if hops else _Hop(b"", b"", b"")
 
-    def _is_in(self, address: str) -> bool:
+
+class _Peers:
+    """Networks, and peers on unix sockets. Raises `ConfigError`."""
+
+    def __init__(self, networks: Iterable[str]) -> None:
+        self._unix = False
+        self._networks: list[_Network] = []
+        self._known: dict[str, bool] = {}
+        for network in networks:
+            if network == UNIX:
+                self._unix = True
+                continue
+            try:
+                self._networks.append(ipaddress.ip_network(network, strict=False))
+            except ValueError as exc:
+                raise ConfigError("trusted", f"{network!r} is not a network: {exc}") from None
+
+    def include(self, address: str) -> bool:
+        """Whether a peer with this address, or none, is among them."""
+        if not address:
+            return self._unix
+        if not self._networks:
+            return False
+        known = self._known.get(address)
+        if known is None:
+            known = self._find(address)
+            if len(self._known) >= _ADDRESSES_KEPT:
+                self._known.clear()
+            if len(address) <= _LONGEST_ADDRESS:
+                self._known[address] = known
+        return known
+
+    def _find(self, address: str) -> bool:
         try:
             parsed = ipaddress.ip_address(address)
         except ValueError:
             return False
         if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
             parsed = parsed.ipv4_mapped
-        return any(parsed in network for network in self._trusted)
+        return any(parsed in network for network in self._networks)
 
 
 def _x_hops(told: Headers) -> list[_Hop]:

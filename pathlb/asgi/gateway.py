@@ -47,7 +47,8 @@ class Gateway:
     - `host`: the Host to send (default: the caller's).
     - `set_request_headers`, `set_response_headers`: fields to replace (or, with None, to take out).
     - `trusted`: networks of the proxies in front, whose X-Forwarded fields count (`unix:` for those on a unix socket;
-      default: nobody's). The server must leave them alone: uvicorn needs `--no-proxy-headers`.
+      `forwarded:10.0.0.0/8` for those that write Forwarded instead; default: nobody's). The server must leave the
+      fields alone: uvicorn needs `--no-proxy-headers`.
     - `tell`: answers say `X-Pathlb-Endpoint` and `X-Pathlb-Attempts` (default False: the endpoint is an inner address).
     - `name`: what it calls itself in Via; a request that has been here before is refused. Workers of one service
       should share a name (default: one by chance).

@@ -9,6 +9,7 @@ from ..orca import FIELD
 from .types import ASGIApp, Message, Receive, Scope, Send
 
 _WINDOW = 1.0  # seconds that utilisation and rate are measured over, at least
+_LONGEST = 2.0  # what is longer has a pause in it, and would say of a new burst that there is none
 
 
 class LoadReport:
@@ -17,8 +18,9 @@ class LoadReport:
         endpoint-load-metrics: TEXT named_metrics.in_flight=12,cpu_utilization=0.310,rps_fractional=120.5
 
     - `named_metrics.in_flight`: requests the app is working on, this one included;
-    - `cpu_utilization`: CPU time of this process, all its threads, as a fraction of one core, over the last second
-      with requests in it; from the second second on. An event loop is at its end near 1, however many cores there are;
+    - `cpu_utilization`: CPU time of this process, all its threads, as a fraction of one core, over the last second or
+      two; not in the first second, nor in that after a pause. An event loop is at its end near 1, however many cores
+      there are;
     - `rps_fractional`: requests ended a second, over the same time;
     - `application_utilization`: in flight by `concurrency`, the number of requests the app is good for, if given.
 
@@ -71,8 +73,9 @@ class LoadReport:
     def _measure(self, now: float) -> None:
         """Close the window, if there is one, and begin the next."""
         cpu = time.process_time()
-        if self._until:
-            seconds = now - self._began
+        seconds = now - self._began
+        self._measured = b""
+        if self._until and seconds <= _LONGEST:
             self._measured = b",cpu_utilization=%.3f,rps_fractional=%.1f" % (
                 (cpu - self._cpu) / seconds,
                 self._ended / seconds,

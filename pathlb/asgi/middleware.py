@@ -162,7 +162,10 @@ async def lifespan(*balancers: Balancer) -> AsyncIterator[None]:
 
 
 class _Lifespan:
-    """The lifespan of an app, with that of the balancers around it; all of it where the app has none of its own."""
+    """The lifespan of an app, with that of the balancers around it; all of it where the app has none of its own.
+
+    Once the server has been told that all is well they stay open until it ends, whatever becomes of the app's.
+    """
 
     def __init__(self, balancers: list[Balancer], receive: Receive, send: Send) -> None:
         self._balancers = balancers
@@ -179,6 +182,10 @@ class _Lifespan:
             try:
                 await app(scope, self.receive, self.send)
             except Exception:
+                if self._serving and self._heard == 1:
+                    # Servers serve on, and requests need them.
+                    logger.exception("the app's lifespan broke off; its balancers stay open until the server ends")
+                    await self.receive()
                 if self._heard:  # it was told to start, or to end: what that means is for the server to say
                     raise
                 logger.debug("the app has no lifespan of its own", exc_info=True)

@@ -12,8 +12,10 @@ from .types import Scope
 
 _PATH_SAFE = "/!$&'()*+,;=:@-._~"
 _TARGET = re.compile(rb"[\x21-\x7e]+").fullmatch
-_DOTS = re.compile(rb"/(?:\.|%2[eE]){2}(?:/|\Z)").search
-_DOT = re.compile(rb"%2[eE]")
+# Some servers decode before they resolve the dots (nginx does), and some take a backslash for a slash.
+_SLASH_TO_SOME = re.compile(rb"(?i)%2f|%5c|\\")
+_DOTS = re.compile(rb"(?i)(?:/|%2f|%5c|\\)(?:\.|%2e){2}(?:/|%2f|%5c|\\|\Z)").search
+_DOT = re.compile(rb"(?i)%2e")
 _SLASH = ord("/")
 _KEPT = 1_000
 _LONGEST_KEPT = 200
@@ -121,12 +123,13 @@ def check_inside(target: bytes) -> None:
         return
     depth = 0
     for segment in _DOT.sub(b".", path).split(b"/"):
-        if segment == b"..":
-            depth -= 1
-        elif segment not in (b".", b""):  # some servers take // for /
-            depth += 1
+        # What separates for some only climbs for those, and descends for none: the server may be either.
+        parts = _SLASH_TO_SOME.split(segment)
+        depth -= parts.count(b"..")
         if depth < 0:
             raise BadRequest("the path leads out of its root")
+        if any(part not in (b"..", b".", b"") for part in parts):  # some servers take // for /
+            depth += 1
 
 
 def check_path(name: str, path: object) -> None:

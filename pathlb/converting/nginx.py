@@ -48,7 +48,9 @@ def convert(file: str, upstream: str | None) -> Draft:
 
 
 _POLICIES = {"least_conn": "least-connections", "random": "p2c"}
-_NO_AFFINITY = "there is no affinity to an address, a key or a cookie (JSON-RPC filters apart)"
+_NO_AFFINITY = (
+    "there is no affinity to an address, key or cookie (for JSON-RPC filters set sticky_filters = true in [jsonrpc])"
+)
 _UPSTREAM = {
     "ip_hash": f"{_NO_AFFINITY}: least-connections is used",
     "hash": f"{_NO_AFFINITY}: least-connections is used",
@@ -66,7 +68,7 @@ _SERVER = {
     "slow_start": "all have a slow start: see window in [slow_start]",
     "resolve": "names are resolved for every new connection, and each is one endpoint: list instances one by one",
     "service": "there are no SRV records: write the port",
-    "route": f"{_NO_AFFINITY}",
+    "route": _NO_AFFINITY,
     "drain": "it is an endpoint like the others: leave it out, or drain it on the admin listener",
 }
 

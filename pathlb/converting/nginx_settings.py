@@ -207,7 +207,7 @@ def _real_ip_from(draft: Draft, name: str, one: Directive) -> None:
 
 def _real_ip_header(draft: Draft, name: str, one: Directive) -> None:
     if one.arg().lower() not in ("x-real-ip", "x-forwarded-for"):
-        draft.note(one.where, f"{one}: proxies in trusted are to say it in X-Forwarded-For, X-Real-IP or Forwarded")
+        draft.note(one.where, f"{one}: proxies in trusted are to say it in X-Forwarded-For or X-Real-IP")
 
 
 def _health_check(draft: Draft, name: str, one: Directive) -> None:

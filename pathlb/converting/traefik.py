@@ -9,6 +9,7 @@ from ..asgi.forwarded import Forwarding
 from ..asgi.rules import HeaderRules
 from ..config import DEADLINE
 from ..core.errors import ConfigError
+from .compose import read_compose
 from .draft import NOTHING, Draft, pick
 from .tree import Tree, read_yaml
 
@@ -24,7 +25,7 @@ _HINTS = {
     "certificatesresolvers": "there is no ACME: give certificate and key in [tls]",
     "tcp": "pathlb balances HTTP only",
     "udp": "pathlb balances HTTP only",
-    "sticky": "there is no affinity to a cookie (JSON-RPC filters keep to their instance by themselves)",
+    "sticky": "there is no affinity to a cookie (for JSON-RPC filters set sticky_filters = true in [jsonrpc])",
     "cert": "callers are asked for no certificate",
     "priority": "there is one route, for everything",
     "serverstransport": "see [timeouts], server_hostname, and SSL_CERT_FILE for your own CA",
@@ -38,7 +39,7 @@ def convert(file: str, upstream: str | None) -> Draft:
     draft = Draft(file)
     root = read_yaml(file)
     if root.get("services") is not None:
-        root = _from_compose(draft, root)
+        root = read_compose(draft, root)
     services = {one.name: one for one in root.tables("http", "services")}
     balancers = {name: one.where for name, one in services.items() if "loadbalancer" in one.table}
     if upstream is not None and upstream in services and upstream not in balancers:
@@ -78,106 +79,6 @@ def _hint(left: Tree) -> str:
         if part in _HINTS:
             return _HINTS[part]
     return NOTHING
-
-
-# --- a compose file
-
-
-def _from_compose(draft: Draft, compose: Tree) -> Tree:
-    """What the labels, and the arguments of Traefik itself, say: as the files would have it."""
-    root = Tree(compose.where)
-    for service in compose.tables("services"):
-        image = service.text("image") or ""
-        if re.search(r"(?:^|/)traefik(?::|@|$)", image):
-            for one in [*service.items("command"), *service.items("entrypoint")]:
-                for word in str(one.value).split():
-                    key, _, value = word.partition("=")
-                    if key.startswith("--"):
-                        root.put(key.removeprefix("--"), one.where, value or "true")
-        labels = [*_labels(service.get("labels")), *_labels(service.get("deploy", "labels"))]
-        own = Tree(service.where)
-        urls: dict[str, list[tuple[str, str]]] = {}
-        for key, value, where in labels:
-            if not key.lower().startswith("traefik.") or key.lower() in ("traefik.enable", "traefik.docker.network"):
-                continue
-            dotted = key.partition(".")[2]
-            if found := re.fullmatch(r"(?i)http\.services\.([^.]+)\.loadbalancer\.server\.url", dotted):
-                urls.setdefault(found[1], []).append((value, where))
-            else:
-                own.put(dotted, where, value)
-        _add_servers(draft, service, own, urls)
-        if len(mine := own.tables("http", "services")) == 1:
-            for router in own.tables("http", "routers"):
-                if router.get("service") is None:
-                    own.put(f"http.routers.{router.name}.service", router.where, mine[0].name)
-        _merge(root, own)
-    if (docker := root.get("providers", "docker")) is not None:
-        docker.take()  # that is what has been read
-    return root
-
-
-def _labels(node: Tree | None) -> list[tuple[str, str, str]]:
-    if node is None:
-        return []
-    if node.table:
-        return [(one.name, _text(one), one.where) for one in node.table.values()]
-    pairs = [(str(one.value).partition("="), one.where) for one in node.list]
-    return [(key.strip(), value.strip(), where) for (key, _, value), where in pairs]
-
-
-def _text(node: Tree) -> str:
-    if isinstance(node.value, bool):
-        return "true" if node.value else "false"
-    return "" if node.value is None else str(node.value)
-
-
-def _add_servers(draft: Draft, service: Tree, own: Tree, urls: dict[str, list[tuple[str, str]]]) -> None:
-    """The servers that the labels of one compose service stand for, in the list where the files have them."""
-    names = {one.name: one for one in own.tables("http", "services")}
-    for name, given in urls.items():
-        if len(given) > 1:
-            draft.note(given[1][1], f"server.url of {name} several times: all are taken, where Traefik takes the last")
-        for index, (url, where) in enumerate(given):
-            own.put(f"http.services.{name}.loadbalancer.servers[{index}].url", where, url)
-    for name, node in names.items():
-        if name in urls or node.get("loadBalancer", "servers") is not None or "loadbalancer" not in node.table:
-            continue
-        port = node.text("loadBalancer", "server", "port") or _exposed(service)
-        if port is None:
-            raise ConfigError(node.where, f"{name}: no loadbalancer.server.port, and {service.name} exposes none")
-        scheme = node.text("loadBalancer", "server", "scheme") or "http"
-        where = node.where
-        if (said := node.get("loadBalancer", "server", "port")) is not None:
-            where = said.where
-        own.put(f"http.services.{name}.loadbalancer.servers[0].url", where, f"{scheme}://{service.name}:{port}")
-        if (weight := node.get("loadBalancer", "server", "weight")) is not None:
-            own.put(f"http.services.{name}.loadbalancer.servers[0].weight", weight.where, weight.value)
-        replicas = service.text("deploy", "replicas") or service.text("scale") or "1"
-        if replicas != "1":
-            text = "is one endpoint: give each a name of its own, and an endpoint"
-            draft.note(service.where, f"{service.name}: {replicas} replicas behind one name: it {text}")
-
-
-def _exposed(service: Tree) -> str | None:
-    ports = [str(one.value) for one in service.items("expose")]
-    ports += [
-        str(one.value).rpartition(":")[2] if one.value is not None else one.text("target") or ""
-        for one in service.items("ports")
-    ]
-    numbers = [int(found[0]) for port in ports if (found := re.match(r"\d+", port))]
-    return str(min(numbers)) if numbers else None
-
-
-def _merge(into: Tree, other: Tree) -> None:
-    """Labels of several containers are about the same things; their servers come together."""
-    for key, node in other.table.items():
-        if key not in into.table:
-            into.table[key] = node
-            continue
-        known = into.table[key]
-        known.list += node.list
-        known.value = node.value if known.value is None else known.value
-        _merge(known, node)
 
 
 # --- the service
@@ -288,7 +189,7 @@ def _convert_router(draft: Draft, root: Tree, router: Tree, name: str) -> None:
     if rule is not None and str(rule.value).strip() not in ("PathPrefix(`/`)", "HostRegexp(`.+`)"):
         draft.note(rule.where, f"rule {rule.value}: pathlb takes every request; only what is for {name} may come to it")
     router.text("ruleSyntax")
-    if (tls := router.get("tls")) is not None and _text(tls) != "false":
+    if (tls := router.get("tls")) is not None and tls.written != "false":
         tls.take()
         if draft.get("tls") is None:
             draft.note(
@@ -313,7 +214,7 @@ def _convert_middleware(draft: Draft, middleware: Tree) -> None:
     for kind, table in (("customRequestHeaders", "request_headers"), ("customResponseHeaders", "response_headers")):
         for field in middleware.tables("headers", kind):
             field.used = True
-            value = _text(field) or None
+            value = field.written or None
             if field.name.lower() == "host" and value is not None and table == "request_headers":
                 draft.set(field.where, "host", value)
                 continue
@@ -356,7 +257,7 @@ def _convert_entry_point(draft: Draft, root: Tree, router: Tree | None) -> None:
         except ConfigError as exc:
             raise ConfigError(trusted.where, exc.problem) from None
         draft.set(trusted.where, "trusted", (*(draft.get("trusted") or ()), str(trusted.value)))
-    if (insecure := point.get("forwardedHeaders", "insecure")) is not None and _text(insecure) == "true":
+    if (insecure := point.get("forwardedHeaders", "insecure")) is not None and insecure.written == "true":
         draft.note(insecure.where, "forwardedHeaders.insecure: list the proxies before pathlb in trusted")
     if (grace := point.get("transport", "lifeCycle", "graceTimeOut")) is not None:
         draft.set(grace.where, "grace", _seconds(grace))
@@ -381,7 +282,7 @@ def _convert_certificates(draft: Draft, root: Tree) -> None:
 def _convert_rest(draft: Draft, root: Tree) -> None:
     if (log := root.get("accessLog")) is not None:
         log.take()
-        if log.value is None or _text(log) == "true":
+        if log.value is None or log.written == "true":
             draft.set(log.where, "access_log", True)
             draft.note(log.where, "accessLog: it goes to stdout, in a format of its own")
     transport = root.get("serversTransport")

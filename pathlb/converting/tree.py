@@ -63,9 +63,14 @@ class Tree:
             return None
         if node.value is None:
             raise ConfigError(node.where, f"{node.path} must be a value")
-        if isinstance(node.value, bool):
-            return "true" if node.value else "false"
-        return str(node.value)
+        return node.written
+
+    @property
+    def written(self) -> str:
+        """The value as it is in the file; empty where there is none."""
+        if isinstance(self.value, bool):
+            return "true" if self.value else "false"
+        return "" if self.value is None else str(self.value)
 
     def take(self) -> None:
         """All of it counts as looked at."""

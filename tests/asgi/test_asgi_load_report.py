@@ -106,6 +106,19 @@ class TestTheService:
         clock.now += 0.1
         assert await told(service) == [b"TEXT named_metrics.in_flight=1,cpu_utilization=0.900,rps_fractional=2.0"]
 
+    async def test_a_pause_is_not_what_it_measures(self, clock: FakeTime) -> None:
+        service = LoadReport(plain)
+        await told(service)
+        clock.now += 1.0
+        assert await told(service) == [b"TEXT named_metrics.in_flight=1,cpu_utilization=0.000,rps_fractional=1.0"]
+        clock.now += 3_600.0
+        for _ in range(90):
+            assert await told(service) == [b"TEXT named_metrics.in_flight=1"]
+            clock.now += 0.01
+        clock.now += 0.1
+        clock.cpu += 0.5
+        assert await told(service) == [b"TEXT named_metrics.in_flight=1,cpu_utilization=0.500,rps_fractional=90.0"]
+
     async def test_it_says_how_much_of_what_it_can_do(self) -> None:
         value = b"TEXT named_metrics.in_flight=1,application_utilization=0.250"
         assert await told(LoadReport(plain, concurrency=4)) == [value]

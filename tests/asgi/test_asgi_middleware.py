@@ -276,6 +276,40 @@ class TestLifespan:
         last = {"fails": {"type": "lifespan.shutdown.failed", "message": "no"}, "breaks": STARTED}.get(how, ENDED)
         assert server.heard[-1] == last
 
+    async def test_one_that_breaks_while_serving_keeps_them_until_the_server_ends(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        balancer, ended = balanced(), []
+        gone = anyio.Event()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http":
+                await calling(balancer, ended)(scope, receive, send)
+                return
+            await receive()
+            await send(STARTED)
+            await gone.wait()
+            raise KeyError("a task of the app")
+
+        wrapped = BalancerMiddleware(app, balancer)
+        server = Server(wrapped, START, kind="lifespan")
+
+        async def run() -> None:
+            with pytest.raises(KeyError, match="a task of the app"):
+                await server.run()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(run)
+            await until(lambda: server.heard)
+            gone.set()
+            await anyio.wait_all_tasks_blocked()
+            assert "its balancers stay open" in caplog.text
+            await Server(wrapped, EMPTY).run()
+            assert isinstance(ended[0], Reply)
+            server.say(END)
+        assert balancer._closed
+        assert server.heard == [STARTED]
+
     async def test_one_that_is_cancelled_closes_them(self) -> None:
         balancer = balanced()
         server = Server(BalancerMiddleware(nothing, balancer), START, kind="lifespan")

@@ -45,7 +45,24 @@ def test_prefixes(prefix: str, target: bytes, rest: bytes | None) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [b"", b"/", b"/a/..", b"/a/../b", b"/a/b/../../c", b"/...", b"/..a", b"/a..", b"/a?/../..", b"/%2e", b"/.%2ea"],
+    [
+        b"",
+        b"/",
+        b"/a/..",
+        b"/a/../b",
+        b"/a/b/../../c",
+        b"/...",
+        b"/..a",
+        b"/a..",
+        b"/a?/../..",
+        b"/%2e",
+        b"/.%2ea",
+        b"/a%2Fb",
+        b"/a/..%2fb",
+        b"/a/b%5c..",
+        b"/a?/..%2f..",
+        b"/..%252fa",
+    ],
 )
 def test_paths_that_stay_inside(path: bytes) -> None:
     check_inside(path)
@@ -65,6 +82,17 @@ def test_paths_that_stay_inside(path: bytes) -> None:
         b"/.%2e/a",
         b"/a/%2e%2e/%2e%2e",
         b"/..?a",
+        b"/..%2fa",
+        b"/..%2Fa",
+        b"/..%5Ca",
+        b"/..\\a",
+        b"/%2e%2e%2fa",
+        b"/a/..%2f..%2fb",
+        b"/a/..%5c../b",
+        b"/a%2f../..",
+        b"/a%2fb/../..",  # one segment to some
+        b"/a%5cb/..%2f..",  # nginx decodes both, and only one of them is a slash to it
+        b"/%2f..",
     ],
 )
 def test_paths_that_climb_out(path: bytes) -> None:

@@ -88,6 +88,7 @@ http {
 }
 """
 A, B = {"url": "http://a:3069"}, {"url": "http://b:3069"}
+STICKY = "for JSON-RPC filters set sticky_filters = true in [jsonrpc]"
 
 
 def test_the_plans_nginx_becomes_the_plans_pathlb(convert: Convert) -> None:
@@ -126,7 +127,8 @@ def test_nginx_servers(convert: Convert, servers: str, expected: dict[str, Any])
         ("server a:3069; server b:3069 backup;", 1, "server b:3069 backup: there are no backups: it is left out"),
         ("server a:3069; server b:3069 down;", 1, "server b:3069 down: it is left out"),
         ("server a:3069; keepalive 32;", 1, "keepalive 32: "),
-        ("server a:3069; ip_hash;", 1, "ip_hash: there is no affinity"),
+        ("server a:3069; ip_hash;", 1, f"ip_hash: there is no affinity to an address, key or cookie ({STICKY}): "),
+        ("server a:3069 route=a;", 1, STICKY),
         ("server a:3069; nonsense x;", 1, "nonsense x: `pathlb serve` has nothing like it"),
         ("server a:3069 max_conns=5; server b:3069 max_conns=9;", 2, "max_conns differ: the least, 5"),
     ],
@@ -171,7 +173,7 @@ def test_what_nginxs_servers_lose(convert: Convert, servers: str, urls: int, sai
         ("keepalive_timeout 0;", {}, ["connections of callers are kept"]),
         ("access_log off;", {}, []),
         ("set_real_ip_from gw.example;", {}, ["list the addresses in trusted"]),
-        ("real_ip_header X-Mine;", {}, ["proxies in trusted are to say it in X-Forwarded-For"]),
+        ("real_ip_header X-Mine;", {}, ["are to say it in X-Forwarded-For or X-Real-IP"]),
         ("real_ip_header X-Real-IP;", {}, []),
         (
             "health_check interval=500ms passes=3 match=ok;",
@@ -349,7 +351,7 @@ def service(balancer: dict[str, Any], *, middlewares: Any = None, router: Any = 
         ),
         ({"healthCheck": {"path": "/", "status": 204}}, {"health": {"path": "/", "statuses": [204]}}, []),
         ({"healthCheck": {"path": "/", "port": 1}}, {"health": {"path": "/"}}, ["healthCheck.port = 1: "]),
-        ({"sticky": {"cookie": {"name": "x"}}}, {}, ["there is no affinity to a cookie"]),
+        ({"sticky": {"cookie": {"name": "x"}}}, {}, [STICKY]),
         ({"responseForwarding": {"flushInterval": "1s"}}, {}, []),
         ({"passHostHeader": False, "servers": [A, B]}, {"host": None}, ["passHostHeader = false"]),
         ({"servers": [A, {**B, "weight": 0}]}, {}, ["http://b:3069 has weight 0: it is left out"]),
