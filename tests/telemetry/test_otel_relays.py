@@ -127,7 +127,7 @@ def attempt(status: int, relays: int | None = None, so_far: int | None = None, *
         ([ServiceMode.SUPPLIERS_FAIL] * 3, [attempt(500, 2, 2), attempt(500, 2, 4)], (1, 4)),
         (
             [ServiceMode.RATE_LIMITED, ServiceMode.SUPPLIERS_FAIL],
-            [attempt(429, 2, 2, service="eth"), attempt(500, 2, 4)],
+            [attempt(429, 2, 2), attempt(500, 2, 4)],
             (1, 4),
         ),
         ([ServiceMode.EMPTY], [attempt(200, 2, 2), attempt(200, 1, 3)], (1, 3)),
