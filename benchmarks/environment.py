@@ -42,4 +42,5 @@ def require_descriptors(count: int) -> None:
 
 def unwind_on_sigterm() -> None:
     """Let SIGTERM end the program as Ctrl-C does, through every `finally`: the servers it started end with it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's `&` has had ignored
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
