@@ -61,9 +61,9 @@ class Health:
             raise ConfigError("Health.block_height", f"must be a function, not {self.block_height!r}")
         if not isinstance(self.statuses, Collection) or isinstance(self.statuses, str | bytes) or not self.statuses:
             raise ConfigError("Health.statuses", f"must be a set of at least one status, not {self.statuses!r}")
-        object.__setattr__(self, "statuses", frozenset(self.statuses))
-        for status in self.statuses:
+        for status in self.statuses:  # before they are in a set, which not everything can be
             check_number("Health", "statuses", status, 200, 599, whole=True)
+        object.__setattr__(self, "statuses", frozenset(self.statuses))
         for name in ("interval", "changing_interval", "timeout"):
             check_number("Health", name, getattr(self, name), 1e-3)
         check_number("Health", "rise", self.rise, 1, whole=True)

@@ -335,13 +335,13 @@ async def _relay(start: Message, body: ReplyBody, send: Send, call: Call) -> Non
         return
     call.answering = True
     try:
-        call.wait()
+        call.wait_for_taking()
         await send(start)
         # Some servers keep the head to themselves until there is body, which may take long or never come.
         await send({"type": "http.response.body", "body": b"", "more_body": True})
         call.go_on()
         async for part in body:
-            call.wait()
+            call.wait_for_taking()
             await send({"type": "http.response.body", "body": part, "more_body": True})
             call.go_on()
         call.end()

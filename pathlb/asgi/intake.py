@@ -49,7 +49,7 @@ class Intake:
             if length > REPLAYED:
                 return OneShotBody(self._rest())
         held = self._held
-        self._call.wait()
+        self._call.wait_for_body()
         try:
             while not self.ended and self._size <= REPLAYED:
                 held.append(await self._next())
@@ -93,7 +93,7 @@ class Intake:
             yield part
         self._held.clear()
         while not self.ended:
-            self._call.wait()
+            self._call.wait_for_body()
             part = await self._next()
             self._call.go_on()
             self.seen = self.seen or part

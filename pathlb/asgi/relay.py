@@ -14,7 +14,7 @@ from websockets.protocol import State
 
 from ..exchange import ReplyBody
 from .types import Message, Receive, Send
-from .watch import PATIENCE
+from .watch import TAKING
 
 logger = logging.getLogger("pathlb")
 
@@ -117,7 +117,7 @@ class Relay:
             await self._answer()
             for message in self._messages():
                 try:
-                    with anyio.fail_after(PATIENCE):  # a caller that takes nothing holds a place at a gateway
+                    with anyio.fail_after(TAKING):  # a caller that takes nothing holds a place at a gateway
                         await self._send(message)
                 except (OSError, RuntimeError):  # servers differ in what they raise when the caller has left, if at all
                     await self._end_unless_known(None, _AWAY)

@@ -18,9 +18,11 @@ from .types import Receive
 
 logger = logging.getLogger("pathlb")
 
-PATIENCE = 60.0
-"""Seconds a caller may take for a short body, for the next part of a long one, or to take a part of the reply (nginx's
-client_body_timeout and send_timeout): it holds a connection to a gateway, or a task at least.
+SENDING = 60.0
+"""Seconds a caller may take for a short body, or the next part of a long one (nginx's client_body_timeout)."""
+TAKING = 300.0
+"""Seconds a caller may take for a part of the reply. It holds a place at a gateway; but how much is taken at a time is up
+to the system below, and a slow caller is no dead one.
 """
 _LOOK_EVERY = 0.05  # seconds a request may take before anybody waits for its caller to leave
 _FOREVER = 1e9
@@ -122,9 +124,13 @@ class Call:
         self.end()
         return self._scope.__exit__(exc_type, exc, tb)
 
-    def wait(self) -> None:
-        """From here on it is the caller who is waited for."""
-        self.due = time.monotonic() + PATIENCE
+    def wait_for_body(self) -> None:
+        """From here on it is the caller who is waited for, with (a part of) its body."""
+        self.due = time.monotonic() + SENDING
+
+    def wait_for_taking(self) -> None:
+        """The same, to take what it is given."""
+        self.due = time.monotonic() + TAKING
 
     def go_on(self) -> None:
         """The caller has done what it was waited for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from typing import Any
 
 from ..core.errors import ConfigError
@@ -25,9 +26,9 @@ _FLAGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "SIGTERM and SIGINT end it: no new connections, requests under way have the grace time (30 s), exit status 0; "
-        "a second one ends it at once, with exit status 1. SIGHUP, and a change of the file, make it read the file again; no request is "
-        "lost, and a file with errors changes nothing. Exit status: 0 after a signal, 1 if it cannot listen or start, "
-        "2 for bad usage and a bad configuration."
+        "a second one ends it at once, with exit status 1. SIGHUP, and a change of the file, make it read the file "
+        "again; no request is lost, and a file with errors changes nothing. Exit status: 0 after a signal, 1 if it "
+        "cannot listen or start, 2 for bad usage and a bad configuration."
     )
     parser.add_argument(
         "urls", nargs="*", metavar="URL", help="an instance: http://host:port, https://..., unix:///path"
@@ -60,6 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    # By default it would end us, and it may come at once: from whoever has just changed the file, which is read later.
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        return _run(options)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         from ..serving import supervisor
     except ModuleNotFoundError as exc:

@@ -1,7 +1,7 @@
 """What the operator asks: an ASGI app on a listener of its own, in the supervisor.
 
 GET /health                    the process is up
-GET /ready                     200 if some endpoint is in service, else 503
+GET /ready                     200 if some endpoint is in service and new requests are welcome, else 503
 GET /snapshot                  what every worker knows
 POST /drain?endpoint=URL       send nothing new there (with `Authorization: Bearer TOKEN`)
 POST /undrain?endpoint=URL     take it back
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hmac
 import json
+from collections.abc import Callable
 from typing import Any, Protocol
 from urllib.parse import parse_qs
 
@@ -37,10 +38,11 @@ class Operated(Protocol):
 
 
 class Admin:
-    """The app."""
+    """The app. `is_stopping` says whether new requests had better go elsewhere."""
 
-    def __init__(self, operated: Operated) -> None:
+    def __init__(self, operated: Operated, is_stopping: Callable[[], bool] = lambda: False) -> None:
         self._operated = operated
+        self._is_stopping = is_stopping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, told = await self._answer(scope)
@@ -65,7 +67,8 @@ class Admin:
         workers = await self._operated.snapshots()
         if path == "/snapshot":
             return 200, {"workers": workers}
-        ready = any(one["state"] in _IN_SERVICE for worker in workers for one in worker.get("endpoints", ()))
+        in_service = any(one["state"] in _IN_SERVICE for worker in workers for one in worker.get("endpoints", ()))
+        ready = in_service and not self._is_stopping()
         return (200, {"ready": True}) if ready else (503, {"ready": False})
 
     async def _drain(self, scope: Scope, drained: bool) -> tuple[int, dict[str, Any]]:

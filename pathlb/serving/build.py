@@ -36,10 +36,9 @@ road: ContextVar[Road | None] = ContextVar("pathlb_road", default=None)
 
 
 class ServedBalancer(Balancer):
-    """A balancer with its own timeouts for every request, which notes what it did where somebody wants to know."""
+    """A balancer that notes what it did where somebody wants to know."""
 
     def send(self, request: Request) -> Coroutine[Any, Any, Reply]:
-        request.timeouts = self.timeouts
         wanted = road.get()
         return super().send(request) if wanted is None else self._send_noting(request, wanted)
 
@@ -111,18 +110,9 @@ def make_gateway(config: ServeConfig, balancer: Balancer, name: str) -> Gateway:
 
 
 def make_tls(config: ServeConfig) -> ssl.SSLContext | None:
-    """The TLS settings of the listener. Raises `ConfigError` for files that cannot be used."""
+    """The TLS settings of the listener, with the files as they are now. Raises `ConfigError` for those of no use."""
     if config.tls is None:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.set_alpn_protocols(["http/1.1"])
-    load_certificate(context, config)
-    return context
-
-
-def load_certificate(context: ssl.SSLContext, config: ServeConfig) -> None:
-    """Make the certificate in the file the one of connections from now on. Raises `ConfigError`."""
-    assert config.tls is not None
     for name in ("certificate", "key"):
         file = getattr(config.tls, name)
         try:
@@ -130,12 +120,15 @@ def load_certificate(context: ssl.SSLContext, config: ServeConfig) -> None:
                 pass
         except OSError as exc:
             raise ConfigError(f"tls.{name}", f"{file}: {exc.strerror}") from None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_alpn_protocols(["http/1.1"])
     try:
         # Without a password given the terminal would be asked for one.
         context.load_cert_chain(config.tls.certificate, config.tls.key, password=lambda: "")
     except ssl.SSLError as exc:
         files = f"{config.tls.certificate}, {config.tls.key}"
         raise ConfigError("tls.certificate", f"{files}: {_what(exc)}") from None
+    return context
 
 
 def check_buildable(config: ServeConfig) -> None:

@@ -8,7 +8,8 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ..asgi.headers import is_field
+from ..asgi.headers import is_field, is_host
+from ..asgi.rules import HeaderRules
 from ..core.config import check_number
 from ..core.errors import ConfigError
 from ..core.model import Endpoint
@@ -95,6 +96,12 @@ def text(value: Any) -> str:
 def name(value: Any) -> str:
     if not text(value).isascii() or " " in value:
         raise Wrong(f"must be ASCII without spaces, not {value!r}")
+    return str(value)
+
+
+def host(value: Any) -> str:
+    if not is_host(name(value)):
+        raise Wrong(f"must be a host, with or without a port, not {value!r}")
     return str(value)
 
 
@@ -230,6 +237,10 @@ def header_rules(value: Any) -> Mapping[str, str | None]:
         rules[field] = None if given is False else given
         if not is_field(field, rules[field] or ""):
             raise Wrong(Problem((field,), f"must be a field with its value, or false to take it out, not {given!r}"))
+        try:
+            HeaderRules("", {field: rules[field]})
+        except ConfigError as exc:
+            raise Wrong(Problem((field,), exc.problem)) from None
     return rules
 
 

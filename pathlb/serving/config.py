@@ -112,7 +112,7 @@ SETTINGS: Mapping[str, Check] = {
     "deadline": checks.number(1e-3, 1e6),
     "max_body": checks.number(0, whole=True),
     "max_message": checks.number(1, whole=True),
-    "host": checks.name,
+    "host": checks.host,
     "rewrite": checks.rewrite,
     "trusted": _trusted,
     "tell": checks.flag,

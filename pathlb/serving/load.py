@@ -34,6 +34,8 @@ def read(text: str, file: str, overrides: Mapping[str, Any] | None = None) -> Se
         given = tomllib.loads(text)
     except tomllib.TOMLDecodeError as exc:
         raise _syntax_error(exc, text, file) from None
+    except RecursionError:
+        raise ConfigError(file, "is nested too deeply") from None
     if "endpoints" in given and overrides and "endpoints" in overrides:
         where = _where(text, file, Problem(("endpoints",), ""))
         raise ConfigError(where, "are given on the command line as well; give them in one place")

@@ -41,7 +41,7 @@ class Source:
     def __init__(self, file: str | None, overrides: Mapping[str, Any]) -> None:
         self.file = file
         self._overrides = overrides
-        self._seen = self._stamp()
+        self._seen = self._taken = self._stamp()
 
     def read(self) -> ServeConfig:
         """The configuration as it is now. Raises `ConfigError`."""
@@ -49,7 +49,7 @@ class Source:
             config = ServeConfig(**self._overrides)
             check_buildable(config)
             return config
-        self._seen = self._stamp()
+        self._taken = self._stamp()
         try:
             config = load(self.file, self._overrides)
         except OSError as exc:
@@ -62,9 +62,12 @@ class Source:
         return config
 
     def has_changed(self) -> bool:
-        """Whether the file is another one than at the last look."""
+        """Whether the file is another one than was read, and still the one of the last look.
+
+        Who writes it in place may be half way, and half a file may be a good one.
+        """
         before, self._seen = self._seen, self._stamp()
-        return self._seen != before
+        return self._seen == before != self._taken
 
     def _stamp(self) -> tuple[int, int, int] | None:
         if self.file is None:
@@ -117,7 +120,7 @@ class Supervisor:
             raise ConfigError("endpoint", f"{url} is none of the endpoints")
         (self._drained.add if drained else self._drained.discard)(url)
         logger.info("%s %s", url, "gets no new requests" if drained else "is taken back")
-        return await self._workers.publish(self._state())
+        return await self._workers.drain(self._state())
 
     async def run(self) -> int:
         """Until a signal says to stop."""
@@ -125,7 +128,9 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop_on, number)
         loop.add_signal_handler(signal.SIGHUP, self._reload.set)
-        admin = UvicornServer(Admin(self), self._admin, keep_alive=5.0) if self._admin is not None else None
+        admin: UvicornServer | None = None
+        if self._admin is not None:
+            admin = UvicornServer(Admin(self, self._stop.is_set), self._admin, keep_alive=5.0)
         stopping = asyncio.create_task(self._stop.wait())
         starting = asyncio.create_task(self._workers.start())
         following: asyncio.Task[None] | None = None

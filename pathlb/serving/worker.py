@@ -1,4 +1,4 @@
-"""A worker process: it accepts from the shared socket and balances. `python -m pathlb.serving.worker`.
+"""A worker process: it accepts from the shared socket and balances. `python -P -m pathlb.serving.worker`.
 
 It does what the supervisor says (`channel`), and ends when the supervisor does.
 """
@@ -11,7 +11,6 @@ import logging
 import math
 import signal
 import socket
-import ssl
 import sys
 from dataclasses import fields
 from typing import Any
@@ -21,11 +20,11 @@ from ..asgi.types import ASGIApp, Receive, Scope, Send
 from ..balancer import Balancer
 from .access_log import AccessLogged, LineWriter
 from .board import Board
-from .build import load_certificate, make_balancer, make_gateway, make_tls
+from .build import make_balancer, make_gateway, make_tls
 from .channel import answer_all
 from .config import ServeConfig
 from .load import read
-from .server import HTTPServer, UvicornServer, allow_many_connections, new_event_loop
+from .server import UvicornServer, allow_many_connections, new_event_loop
 
 logger = logging.getLogger("pathlb.serving")
 
@@ -41,10 +40,14 @@ class Worker:
         self._config: ServeConfig | None = None
         self._balancer: Balancer | None = None
         self._app: ASGIApp | None = None
-        self._server: HTTPServer | None = None
-        self._tls: ssl.SSLContext | None = None
+        self._server: UvicornServer | None = None
         self._lines: LineWriter | None = None
         self._drained: set[str] = set()
+        """Of the balancer's endpoints."""
+        self._to_drain: set[str] = set()
+        """As told last, which may be meant for the next balancer already."""
+        self._applying: set[asyncio.Task[Any]] = set()
+        self._turn = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
         self._grace: float | None = None
@@ -63,6 +66,10 @@ class Worker:
             case "apply":
                 await self._apply(read(question["config"], "config"), question["drained"], question["name"])
                 return None
+            case "drain":  # it does not wait for the turn, and for the probes that an `apply` may wait for
+                self._to_drain = set(question["drained"])
+                self._drain()
+                return None
             case "snapshot":
                 return self._balancer.snapshot().to_dict() if self._balancer is not None else None
             case "stop":
@@ -73,27 +80,39 @@ class Worker:
                 raise ValueError(f"a worker cannot {other!r}")
 
     async def _apply(self, config: ServeConfig, drained: list[str], name: str) -> None:
-        """Make this the configuration, without losing a request; the first one starts the server."""
+        """Make this the configuration, without losing a request: one after the other, and until the end at most."""
+        self._to_drain = set(drained)
+        task = asyncio.current_task()
+        assert task is not None
+        self._applying.add(task)
+        try:
+            async with self._turn:
+                await self._change_to(config, name)
+        finally:
+            self._applying.discard(task)
+
+    async def _change_to(self, config: ServeConfig, name: str) -> None:
+        """The first one starts the server."""
         before = self._config
         if before is not None and self._balancer is not None and _same_balancer(before, config):
             self._balancer.update(config.endpoints)
         else:
             await self._replace(config, name)
         self._config = config
-        self._drain(set(drained))
+        self._drain()
         if self._server is None:
-            self._tls = make_tls(config)
-            self._server = UvicornServer(
+            server = UvicornServer(
                 self._call,
                 self._listener,
-                tls=self._tls,
+                tls=make_tls(config),
                 keep_alive=config.keep_alive,
                 max_message=config.max_message,
                 place=self._place,
             )
-            await self._server.start()
-        elif self._tls is not None:
-            load_certificate(self._tls, config)
+            await server.start()
+            self._server = server
+        elif self._server.tls is not None:
+            self._server.tls = make_tls(config)  # the files may be others by now
 
     def _call(self, scope: Scope, receive: Receive, send: Send) -> Any:
         assert self._app is not None  # the server starts later
@@ -103,7 +122,7 @@ class Worker:
         """A new balancer for new requests; the old one ends with the last of its own."""
         balancer = make_balancer(config)
         app: ASGIApp = make_gateway(config, balancer, name)
-        await balancer.__aenter__()
+        await balancer.__aenter__()  # which waits for the first probes
         if config.access_log:
             self._lines = self._lines or LineWriter()
             app = AccessLogged(app, self._lines)
@@ -113,21 +132,26 @@ class Worker:
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
 
-    def _drain(self, wanted: set[str]) -> None:
+    def _drain(self) -> None:
         assert self._balancer is not None
         assert self._config is not None
         members = {endpoint.url for endpoint in self._config.endpoints}
-        for url in (wanted - self._drained) & members:
+        for url in (self._to_drain - self._drained) & members:
             self._balancer.drain(url)
-        for url in (self._drained - wanted) & members:
+        for url in (self._drained - self._to_drain) & members:
             self._balancer.undrain(url)
-        self._drained = wanted & members
+        self._drained = self._to_drain & members
 
     async def _end(self) -> None:
         grace = self._grace
         if grace is None:  # nobody says
             grace = self._config.grace if self._config is not None else 0.0
         signal.alarm(math.ceil(grace) + _MARGIN)
+        applying = set(self._applying)
+        for task in applying:
+            task.cancel()
+        if applying:
+            await asyncio.wait(applying)
         if self._server is not None and (cut := await self._server.drain(grace)):
             logger.warning("%d requests were cut off: they took longer than the grace time of %g s", cut, grace)
         for task in list(self._retiring):

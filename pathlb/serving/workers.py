@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.machinery
 import logging
 import os
 import signal
@@ -26,6 +27,7 @@ _LASTED = 10.0  # seconds a worker runs that is no failure of the start
 _ANSWER_WITHIN = 10.0  # seconds
 _TELL_WITHIN = 2.0  # seconds: somebody waits for it
 _MARGIN = 2.0  # seconds a worker gets beyond its grace time and its own alarm
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class StartFailed(Exception):
@@ -51,6 +53,7 @@ class WorkerProcess:
             try:
                 process = await asyncio.create_subprocess_exec(
                     sys.executable,
+                    "-P",  # nothing from the current directory, which may be anybody's
                     "-m",
                     "pathlb.serving.worker",
                     *map(str, (*descriptors, slot, count)),
@@ -105,10 +108,11 @@ class Workers:
 
     async def publish(self, state: dict[str, Any]) -> list[str]:
         """Make this their state, and that of those to come; the answer is what went wrong."""
-        self._state = state
-        self._version += 1
-        said = await self._ask_all("apply", **state)
-        return [f"worker {pid}: {_reason(answer)}" for pid, answer in said if isinstance(answer, Exception)]
+        return await self._tell(state, "apply", **state)
+
+    async def drain(self, state: dict[str, Any]) -> list[str]:
+        """The same where nothing but `drained` is new, which waits for no probe."""
+        return await self._tell(state, "drain", drained=state["drained"])
 
     async def snapshots(self) -> list[dict[str, Any]]:
         """What each knows, or why it does not say."""
@@ -140,6 +144,12 @@ class Workers:
         """End them now, requests under way or not."""
         for process in self._processes.values():
             process.signal(signal.SIGKILL)
+
+    async def _tell(self, state: dict[str, Any], do: str, **what: Any) -> list[str]:
+        self._state = state
+        self._version += 1
+        said = await self._ask_all(do, **what)
+        return [f"worker {pid}: {_reason(answer)}" for pid, answer in said if isinstance(answer, Exception)]
 
     async def _ask_all(self, do: str, within: float = _ANSWER_WITHIN, **what: Any) -> list[tuple[int, Any]]:
         async def ask(process: WorkerProcess) -> tuple[int, Any]:
@@ -201,11 +211,19 @@ class Workers:
 
 
 def _environment() -> dict[str, str]:
-    package_root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = dict(os.environ)
     environment.pop(TOKEN_VARIABLE, None)  # none of theirs
+    if not _is_found_by_workers():
+        root = str(_PACKAGE.parent)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     return environment
+
+
+def _is_found_by_workers() -> bool:
+    """Whether this package is, by themselves: what PYTHONPATH adds would go before the standard library."""
+    theirs = sys.path if sys.flags.safe_path else sys.path[1:]  # because of -P
+    found = importlib.machinery.PathFinder.find_spec(_PACKAGE.name, theirs)
+    return found is not None and found.origin is not None and _PACKAGE.samefile(Path(found.origin).parent)
 
 
 def _reason(error: Exception) -> str:

@@ -386,7 +386,7 @@ class TestBodies:
 
     @pytest.mark.parametrize("parts", [[b"x"], [PART, PART]], ids=["short", "long"])
     async def test_one_that_stops_coming(self, parts: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(watch, "PATIENCE", 0.01)
+        monkeypatch.setattr(watch, "SENDING", 0.01)
         balancer = balancing(ScriptedUpstream(Taking()))
         exchange = await Exchange("/", *parts, anyio.Event(), b"x").run(Gateway(balancer))
         assert (exchange.status, exchange.one(b"connection")) == (408, b"close")
@@ -395,7 +395,7 @@ class TestBodies:
 
     async def test_a_caller_that_takes_nothing_of_its_reply(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It holds a place at an endpoint, and would for ever."""
-        monkeypatch.setattr(watch, "PATIENCE", 0.01)
+        monkeypatch.setattr(watch, "TAKING", 0.01)
         body = Parts([PART, PART])
         balancer = balancing(ScriptedUpstream(lambda *_: Reply(200, [], body)))
         exchange = Exchange()
@@ -407,7 +407,8 @@ class TestBodies:
         await balancer.aclose()
 
     async def test_a_caller_that_waits_for_its_reply_is_not_hurried(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(watch, "PATIENCE", 0.01)
+        monkeypatch.setattr(watch, "SENDING", 0.01)
+        monkeypatch.setattr(watch, "TAKING", 0.01)
         looked = anyio.Event()
         gateway = Gateway(balancing(ScriptedUpstream(lambda *_: Reply(200, [], Parts([b"a", looked, b"b"])))))
         real = gateway._watch._look

@@ -739,7 +739,7 @@ class TestHandshake:
             assert caller.sent == []
 
     async def test_a_caller_that_takes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(relay, "PATIENCE", 0.01)
+        monkeypatch.setattr(relay, "TAKING", 0.01)
         monkeypatch.setattr(relay, "_CLOSING", 0.01)
         async with raw_upstream() as (balancer, gateway):
             caller = Caller()

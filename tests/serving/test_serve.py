@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
 import signal
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,10 +23,16 @@ import trustme
 import websockets
 import websockets.sync.client
 import websockets.sync.server
-from servekit import CALL, PATIENCE, TOKEN, Load, Served, alive, taken_port, until
+from servekit import CALL, PATIENCE, ROOT, TOKEN, Load, Served, alive, taken_port, until
 
+from pathlb import Endpoint
 from pathlb.cli import main
-from pathlb.testing import FaultServer, Fleet, Hang, ReadRequest, Send, ServiceTime, WaitFor
+from pathlb.serving.checks import Address
+from pathlb.serving.config import ServeConfig
+from pathlb.serving.listen import listen
+from pathlb.serving.render import render
+from pathlb.serving.workers import Workers, _environment
+from pathlb.testing import FaultServer, Fleet, Hang, ReadRequest, Send, ServiceTime, WaitFor, http_reply
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +183,21 @@ def test_a_reply_under_way_is_brought_to_its_end() -> None:
         assert served.heard("SIGINT: no new connections; requests under way have 30 s")
 
 
+def test_it_is_not_ready_while_it_drains() -> None:
+    with FaultServer([[ReadRequest(), WaitFor("go"), Send(http_reply())]]) as slow, Served(slow.url) as served:
+        with ThreadPoolExecutor() as threads:
+            asking = threads.submit(served.post)
+            slow.wait_for_requests(1)
+            assert served.admin("GET", "/ready") == (200, {"ready": True})
+            served.process.send_signal(signal.SIGTERM)
+            until(lambda: not listens(served.port), "no new connections")
+            assert served.admin("GET", "/ready") == (503, {"ready": False})
+            assert [worker["in_flight"] for worker in served.workers] == [1]
+            slow.set("go")
+            assert asking.result().status_code == 200
+        assert served.process.wait(PATIENCE) == 0
+
+
 def test_what_takes_longer_than_the_grace_time_is_cut_off(tmp_path: Path) -> None:
     file = tmp_path / "pathlb.toml"
     with FaultServer([[ReadRequest(), Hang()]]) as hanging:
@@ -296,6 +320,41 @@ def test_a_changed_file_and_sighup_change_the_endpoints_and_lose_nothing(fleet: 
         assert load.refused == 0
 
 
+def probing(file: Path, urls: list[str]) -> None:
+    """A balancer that waits for the first answers to its probes."""
+    write_endpoints(file, urls, 'health = {path = "/health", timeout = 60}\n')
+
+
+def test_while_a_reload_waits_for_a_probe_everything_else_goes_on(fleet: Fleet, tmp_path: Path) -> None:
+    file, url = tmp_path / "pathlb.toml", fleet.urls[0]
+    write_endpoints(file, fleet.urls)
+    script = [ReadRequest(), WaitFor("go"), Send(http_reply(headers=[(b"Connection", b"close")]))]
+    with FaultServer([script]) as slow, Served("--config", str(file)) as served:
+        probing(file, [*fleet.urls, slow.url])
+        served.process.send_signal(signal.SIGHUP)
+        slow.wait_for_requests(1)
+        assert served.admin("GET", "/ready") == (200, {"ready": True})
+        assert served.post().status_code == 200
+        assert served.admin("POST", f"/drain?endpoint={url}", TOKEN)[0] == 200
+        assert [set(states) for states in served.states()] == [set(fleet.urls)]
+        assert served.states()[0][url] == "draining"
+
+        slow.set("go")
+        until(lambda: slow.url in served.states()[0], "the new balancer")
+        assert served.states()[0][url] == "draining"
+
+
+def test_a_stop_ends_a_reload_that_waits_for_a_probe(fleet: Fleet, tmp_path: Path) -> None:
+    file = tmp_path / "pathlb.toml"
+    write_endpoints(file, fleet.urls)
+    with FaultServer([[ReadRequest(), Hang()]]) as hanging, Served("--config", str(file)) as served:
+        probing(file, [*fleet.urls, hanging.url])
+        served.process.send_signal(signal.SIGHUP)
+        hanging.wait_for_requests(1)
+        assert served.end() == 0
+        assert served.heard("Traceback|WARNING|ERROR") is None
+
+
 # --- TLS
 
 
@@ -343,7 +402,7 @@ def shown_certificate(port: int, trusting: ssl.SSLContext) -> bytes | None:
             return encrypted.getpeercert(binary_form=True)
 
 
-# --- what keeps it from starting
+# --- what keeps it from starting, or should not
 
 
 @pytest.mark.parametrize("flag", ["--bind", "--admin"])
@@ -353,6 +412,41 @@ def test_a_taken_port_is_one_line_and_status_1(flag: str, capsys: pytest.Capture
         assert main(["serve", "http://127.0.0.1:1", *free, flag, f"127.0.0.1:{port}"]) == 1
     line = capsys.readouterr().err
     assert line == f"pathlb: cannot listen on 127.0.0.1:{port}: Address already in use; another process listens there\n"
+
+
+def test_a_sighup_before_it_serves_is_no_reason_to_end(tmp_path: Path) -> None:
+    file = tmp_path / "pathlb.toml"
+    os.mkfifo(file)
+    command = [sys.executable, "-m", "pathlb", "serve", "--config", str(file)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        with file.open("w") as settings:  # which waits for the reader
+            process.send_signal(signal.SIGHUP)
+            settings.write("nonsense")
+        assert process.stderr is not None
+        assert process.stderr.read().startswith(f"pathlb: {file}:1: Expected '='")
+        assert process.wait(PATIENCE) == 2
+
+
+def test_workers_import_nothing_from_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "resource.py").write_text("raise ImportError('from the current directory')")
+    monkeypatch.chdir(tmp_path)
+    config = render(ServeConfig(endpoints=(Endpoint("http://127.0.0.1:1"),)))
+
+    async def start_and_stop() -> None:
+        workers = Workers(1, listener, {"config": config, "drained": [], "name": "test"})
+        await workers.start()
+        await workers.stop(0.0)
+
+    with listen(Address("127.0.0.1", 0)) as listener:
+        asyncio.run(start_and_stop())
+
+
+def test_workers_are_told_where_the_package_is_only_if_they_would_not_find_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/of/the/operator")
+    monkeypatch.setattr(sys, "path", ["/current", "/standard/library", str(ROOT)])
+    assert _environment()["PYTHONPATH"] == "/of/the/operator"
+    monkeypatch.setattr(sys, "path", [str(ROOT), "/standard/library"])
+    assert _environment()["PYTHONPATH"] == f"{ROOT}{os.pathsep}/of/the/operator"
 
 
 def listens(port: int) -> bool:

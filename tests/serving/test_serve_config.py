@@ -114,6 +114,10 @@ ERRORS = {
     "no flag": (f"access_log = 1\n{ENDPOINT}", "f.toml:1: access_log: must be true or false, not 1"),
     "no string": (f"host = 1\n{ENDPOINT}", "f.toml:1: host: must be a string, not 1"),
     "no host": (f'host = "a b"\n{ENDPOINT}', "f.toml:1: host: must be ASCII without spaces, not 'a b'"),
+    "no host, but a path": (
+        f'host = "a/b"\n{ENDPOINT}',
+        "f.toml:1: host: must be a host, with or without a port, not 'a/b'",
+    ),
     "no address": (f'bind = "8080"\n{ENDPOINT}', "f.toml:1: bind: must be HOST:PORT, not '8080'"),
     "no port": (f'bind = "a:b"\n{ENDPOINT}', "f.toml:1: bind: must be HOST:PORT, with a port up to 65535, not 'a:b'"),
     "a port too high": (f'admin = "a:65536"\n{ENDPOINT}', "f.toml:1: admin: must be HOST:PORT, with a port up to"),
@@ -140,6 +144,14 @@ ERRORS = {
         f"request_headers = 1\n{ENDPOINT}",
         "f.toml:1: request_headers: must be a table of fields",
     ),
+    "where a request goes": (
+        f'{ENDPOINT}[request_headers]\nX-A = "1"\nHost = "x"',
+        "f.toml:5: request_headers.Host: says where a message goes or ends",
+    ),
+    "where a reply ends": (
+        f'{ENDPOINT}[response_headers]\nConnection = "close"',
+        "f.toml:4: response_headers.Connection: says where a message goes or ends",
+    ),
     "a table that is none": (f"limits = 1\n{ENDPOINT}", "f.toml:1: limits: must be a table, not 1"),
     "half of a TLS listener": (
         f'{ENDPOINT}[tls]\nkey = "k"',
@@ -155,6 +167,8 @@ ERRORS = {
     ),
     "a health path": (f'{ENDPOINT}[health]\npath = "up"', "f.toml:4: health.path: must start with /"),
     "a status": (f"{ENDPOINT}[health]\nstatuses = [99]", "f.toml:4: health.statuses: must be between 200 and 599"),
+    "no status": (f"{ENDPOINT}[health]\nstatuses = [[200]]", "f.toml:4: health.statuses: must be a number, not [200]"),
+    "nested too deeply": (f"x = {'[' * 100_000}\n{ENDPOINT}", "f.toml: is nested too deeply"),
     "health and nothing": (f"health = true\n{ENDPOINT}", "f.toml:1: health: must be a table, not True"),
     "a timeout": (f"{ENDPOINT}[timeouts]\nread = 0", "f.toml:4: timeouts.read: must be at least 0.001, not 0"),
     "no address of an app": (
@@ -193,6 +207,25 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     file.write_bytes(b"workers = 1\nhost = '\xff'")
     with pytest.raises(ConfigError, match=r"f\.toml:2: is not UTF-8"):
         load(str(file))
+
+
+def test_a_file_that_is_being_written_is_not_taken_for_the_whole(tmp_path: Path) -> None:
+    file = tmp_path / "f.toml"
+    file.write_text(ENDPOINT)
+    source = Source(str(file), {})
+    source.read()
+    assert not source.has_changed()
+    with file.open("w") as draft:
+        for line in ("workers = 2\n", "access_log = true\n", ENDPOINT):
+            draft.write(line)
+            draft.flush()
+            assert not source.has_changed()
+    assert source.has_changed()  # it is as it was at the last look
+    assert source.read().workers == 2
+    assert not source.has_changed()
+    file.unlink()
+    assert not source.has_changed()
+    assert source.has_changed()
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:

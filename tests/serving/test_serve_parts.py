@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import socket
+import ssl
 import subprocess
 import sys
 from pathlib import Path
@@ -19,17 +20,18 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 from servekit import ROOT, nothing
 
-from pathlb import ConfigError, Endpoint, Limits
+from pathlb import Balancer, ConfigError, Endpoint, Limits
 from pathlb.asgi.gateway import BrokenOff
 from pathlb.asgi.types import Message
 from pathlb.cli import main
+from pathlb.exchange import Request, Timeouts
 from pathlb.serving.admin import Admin
 from pathlb.serving.build import check_buildable, make_balancer, make_tls, share_of
 from pathlb.serving.channel import Asker, ChannelClosed, Refused, answer_all
 from pathlb.serving.checks import TLS, Address
 from pathlb.serving.config import ServeConfig
 from pathlb.serving.listen import address_of, listen
-from pathlb.serving.worker import _Expected
+from pathlb.serving.worker import Worker, _Expected
 
 pytestmark = pytest.mark.anyio
 
@@ -182,6 +184,48 @@ def test_settings_add_to_those_of_the_profile() -> None:
 )
 def test_every_setting_can_be_built(settings: dict[str, Any]) -> None:
     check_buildable(ServeConfig(endpoints=A, **settings))
+
+
+def test_the_timeouts_of_a_request_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Timeouts] = []
+    monkeypatch.setattr(Balancer, "send", lambda self, request: seen.append(request.timeouts))
+    balancer = make_balancer(ServeConfig(endpoints=A, timeouts={"read": 7}))
+    own = balancer.timeouts._replace(read=None)  # as for events, which may be hours apart
+    balancer.send(Request("GET", b"/", [], timeouts=own))
+    assert seen == [own]
+
+
+async def test_a_certificate_of_another_kind_replaces_the_one_before(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    files = str(tmp_path / "a.crt"), str(tmp_path / "a.key")
+    config = ServeConfig(endpoints=A, bind=Address("127.0.0.1", 0), tls=TLS(*files))
+    listener = listen(config.bind)
+    worker = Worker(listener, None)
+
+    async def is_served_by(kind: str) -> bool:
+        caller = ssl.create_default_context()
+        authority.configure_trust(caller)
+        caller.maximum_version = ssl.TLSVersion.TLSv1_2  # where a cipher goes with a kind of certificate
+        caller.set_ciphers(f"ECDHE-{kind}-AES128-GCM-SHA256")
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", address_of(listener).port, ssl=caller)
+        except (ssl.SSLError, ConnectionError):
+            return False
+        writer.close()
+        await writer.wait_closed()
+        return True
+
+    for kind, other in (("RSA", "ECDSA"), ("ECDSA", "RSA")):
+        leaf = authority.issue_cert("127.0.0.1", key_type=trustme.KeyType[kind])
+        leaf.private_key_and_cert_chain_pem.write_to_path(files[0])
+        leaf.private_key_pem.write_to_path(files[1])
+        await worker._apply(config, [], "name")
+        assert await is_served_by(kind)
+        assert not await is_served_by(other)
+    assert worker._server is not None
+    assert worker._balancer is not None
+    await worker._server.drain(0)
+    await worker._balancer.aclose()
 
 
 @pytest.mark.parametrize(
