@@ -47,6 +47,10 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.faults
 	$(BIN)/python -m benchmarks.classification
 	$(BIN)/python -m benchmarks.jsonrpc
+	$(BIN)/python -m benchmarks.gateway
+	$(BIN)/python -m benchmarks.gateway_faults
+	$(BIN)/python -m benchmarks.gateway_memory
+	$(BIN)/python -m benchmarks.frontend
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

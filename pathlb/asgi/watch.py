@@ -21,8 +21,8 @@ logger = logging.getLogger("pathlb")
 SENDING = 60.0
 """Seconds a caller may take for a short body, or the next part of a long one (nginx's client_body_timeout)."""
 TAKING = 300.0
-"""Seconds a caller may take for a part of the reply. It holds a place at a gateway; but how much is taken at a time is up
-to the system below, and a slow caller is no dead one.
+"""Seconds a caller may take for a part of the reply. It holds a place at a gateway; but how much is taken at a time is
+up to the system below, and a slow caller is no dead one.
 """
 _LOOK_EVERY = 0.05  # seconds a request may take before anybody waits for its caller to leave
 _FOREVER = 1e9
