@@ -2,8 +2,7 @@
 
 ASGI tells of that in `receive`, which is the app's. So what the caller sends goes through a buffer: the app takes from
 it, and once a request has been under way for a while somebody reads ahead, as far as 64 KiB of body. Only one of the
-two is in the server's `receive` at a time, and nothing is lost when either is cancelled there. A task of its own for
-every request would cost more than balancing it, so one timer looks for the requests that have been under way for long.
+two is in the server's `receive` at a time, and nothing is lost when either is cancelled there.
 """
 
 from __future__ import annotations
@@ -15,60 +14,14 @@ from collections import deque
 import anyio
 
 from ..deadline import Bound
-from ..runner import Runner, current_home, make_runner
+from ..runner import Work
+from .lookout import Lookout
 from .types import Message, Receive, Scope, Send
 
 logger = logging.getLogger("pathlb")
 
-_LOOK_EVERY = 0.05  # seconds a request may take before anybody waits for its caller to leave
 _HELD = 65_536  # bytes of a body that are read before the app asks for them
 _DISCONNECT = "http.disconnect"
-
-
-class Callers:
-    """The callers of one app. What is done for one that leaves is cancelled through its `Bound`."""
-
-    def __init__(self) -> None:
-        self._runner: Runner | None = None
-        self._present: dict[Caller, None] = {}  # in the order they came
-        self._looking = False
-
-    @property
-    def runner(self) -> Runner:
-        """That of this event loop."""
-        runner = self._runner
-        if runner is None or runner.home is not current_home():
-            runner = self._runner = make_runner()
-            self._present.clear()
-            self._looking = False
-        return runner
-
-    def welcome(self, caller: Caller) -> None:
-        """A request begins; it has an end with `farewell`."""
-        runner = self.runner
-        self._present[caller] = None
-        if not self._looking:
-            self._looking = True
-            runner.tick(_LOOK_EVERY, self._look)
-
-    def farewell(self, caller: Caller) -> None:
-        """It is answered, or over. Saying so twice is fine."""
-        if caller in self._present:
-            del self._present[caller]
-            caller.end()
-
-    def _look(self) -> bool:
-        before = time.monotonic() - _LOOK_EVERY
-        for caller in self._present:
-            if caller.began > before:
-                break  # the younger ones follow
-            if caller.left:
-                caller.bound.cancel()
-            elif caller.readable:
-                caller.watched = True
-                self.runner.spawn(caller.watch)
-        self._looking = bool(self._present)
-        return self._looking
 
 
 class Caller:
@@ -76,9 +29,9 @@ class Caller:
 
     __slots__ = (
         "_asked",
-        "_callers",
         "_held",
         "_listening",
+        "_lookout",
         "_news",
         "_over",
         "_receive",
@@ -92,8 +45,8 @@ class Caller:
         "watched",
     )
 
-    def __init__(self, callers: Callers, scope: Scope, receive: Receive, send: Send, bound: Bound) -> None:
-        self._callers = callers
+    def __init__(self, lookout: Lookout, scope: Scope, receive: Receive, send: Send, bound: Bound) -> None:
+        self._lookout = lookout
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -110,6 +63,7 @@ class Caller:
         self._news: anyio.Event | None = None  # for the app, that it can look again
         self._over = False
         self._watcher: anyio.CancelScope | None = None
+        lookout.add(self)
 
     async def receive(self) -> Message:
         """The app's."""
@@ -132,7 +86,7 @@ class Caller:
         """The app's."""
         kind = message["type"]
         if (kind == "http.response.body" and not message.get("more_body", False)) or kind == "http.response.pathsend":
-            self._callers.farewell(self)  # first: many servers say of an answered caller that it has left
+            self.end()  # first: many servers say of an answered caller that it has left
             self.bound.lift()
         try:
             await self._send(message)
@@ -140,9 +94,16 @@ class Caller:
             self.left = True
             raise
 
-    @property
-    def readable(self) -> bool:
-        """Whether somebody should read ahead."""
+    def look(self) -> Work | None:
+        """Cancel what is done for a caller that has left, or begin to read ahead."""
+        if self.left:
+            self.bound.cancel()
+        elif self._readable():
+            self.watched = True
+            return self.watch
+        return None
+
+    def _readable(self) -> bool:
         if self.watched or self._listening or self._size > _HELD:
             return False
         # To read is to ask for the body, where the caller waits for that: the app may want to refuse it unseen.
@@ -166,8 +127,11 @@ class Caller:
         self.watched = False
 
     def end(self) -> None:
-        """Nobody need read ahead any more."""
+        """It is answered, or over: nobody need read ahead any more. Ending twice is fine."""
+        if self._over:
+            return
         self._over = True
+        self._lookout.discard(self)
         if self._watcher is not None:
             self._watcher.cancel()
 

@@ -18,12 +18,13 @@ from . import problems
 from .forwarded import Forwarding
 from .headers import BadReply, BadRequest, Framing, Known, is_host, is_token, read_reply, read_request
 from .intake import Intake, TooLarge
+from .lookout import Lookout
 from .problems import Problem, problem_of, render
 from .routes import Destination, Route, Router
 from .rules import HeaderRules
 from .targets import Targets
 from .types import Message, Receive, Scope, Send
-from .watch import Call, Disconnected, Watch
+from .watch import Call, Disconnected
 
 logger = logging.getLogger("pathlb")
 
@@ -92,7 +93,7 @@ class Gateway:
         self._pseudonym = (name or f"pathlb-{secrets.token_hex(4)}").encode("ascii")
         versions = {"1.1": b"1.1", "1.0": b"1.0", "1": b"1.0", "2": b"2", "3": b"3"}
         self._via = {version: b"%b %b" % (said, self._pseudonym) for version, said in versions.items()}
-        self._watch = Watch()
+        self._lookout = Lookout()
 
     @property
     def balancers(self) -> list[Balancer]:
@@ -132,7 +133,7 @@ class Gateway:
         except BadRequest as exc:
             await self._answer(scope, send, problem_of(exc), None, closing=True)  # where it ends is anybody's guess
             return
-        with self._watch.call(receive) as call:
+        with Call(self._lookout, receive) as call:
             intake = Intake(receive, framing, self._max_body, call)
             try:
                 await self._serve(scope, framing, destination, problem, intake, send, call)

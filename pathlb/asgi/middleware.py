@@ -14,8 +14,9 @@ from ..core.errors import ConfigError
 from ..deadline import BOUND, Bound
 from ..exchange import Headers
 from ..telemetry import incoming
-from .caller import Caller, Callers
+from .caller import Caller
 from .headers import is_field
+from .lookout import Lookout
 from .problems import Problem, render
 from .shedding import Limiter
 from .types import ASGIApp, Message, Receive, Scope, Send
@@ -78,7 +79,7 @@ class BalancerMiddleware:
         check_number(owner, "queue_timeout", queue_timeout, 0)
         self._limiter = Limiter(concurrency, queue) if concurrency is not None else None
         self._queue_timeout = queue_timeout
-        self._callers = Callers()
+        self._lookout = Lookout()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
@@ -112,8 +113,7 @@ class BalancerMiddleware:
         name = self._deadline_header
         seconds = math.inf if name is None else _told_deadline(name, scope["headers"], self._max_deadline)
         bound = Bound(time.monotonic() + seconds, BOUND.get())
-        caller = Caller(self._callers, scope, receive, send, bound)
-        self._callers.welcome(caller)
+        caller = Caller(self._lookout, scope, receive, send, bound)
         token = BOUND.set(bound)
         trace = incoming.join(scope["headers"])
         try:
@@ -125,13 +125,13 @@ class BalancerMiddleware:
             if trace is not None:
                 incoming.leave(trace)
             BOUND.reset(token)
-            self._callers.farewell(caller)
+            caller.end()
 
     async def _limited(self, limiter: Limiter, scope: Scope, caller: Caller) -> None:
         turn = limiter.enter()
         if turn is not None and not turn.granted:
             bound = caller.bound
-            patience = self._callers.runner.scope(min(self._queue_timeout, max(0.0, bound.remaining)))
+            patience = self._lookout.runner.scope(min(self._queue_timeout, max(0.0, bound.remaining)))
             bound.hold(patience)
             try:
                 await limiter.wait(turn, patience)

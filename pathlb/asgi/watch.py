@@ -1,7 +1,5 @@
-"""Noticing that a caller has left, so that what was asked for on its behalf is cancelled.
-
-ASGI says so to who waits in `receive`. A task of its own for every request would cost more than balancing it, so one
-timer looks for requests that have been under way for a while, and only those are waited for.
+"""One request of the Gateway under way: noticing that its caller has left, or makes itself waited for, so that what is
+asked for on its behalf is cancelled. ASGI says that a caller has left to who waits in `receive`.
 """
 
 from __future__ import annotations
@@ -13,7 +11,8 @@ from types import TracebackType
 
 import anyio
 
-from ..runner import AttemptScope, Runner, current_home, make_runner
+from ..runner import Work
+from .lookout import Lookout
 from .types import Receive
 
 logger = logging.getLogger("pathlb")
@@ -24,7 +23,6 @@ TAKING = 300.0
 """Seconds a caller may take for a part of the reply. It holds a place at a gateway; but how much is taken at a time is
 up to the system below, and a slow caller is no dead one.
 """
-_LOOK_EVERY = 0.05  # seconds a request may take before anybody waits for its caller to leave
 _FOREVER = 1e9
 
 
@@ -32,56 +30,15 @@ class Disconnected(Exception):
     """The caller left while its request body was being read."""
 
 
-class Watch:
-    """Watches the callers of one app."""
-
-    def __init__(self) -> None:
-        self._runner: Runner | None = None
-        self._calls: dict[Call, None] = {}
-        self._looking = False
-
-    def call(self, receive: Receive) -> Call:
-        """A scope around what is done for one caller; it ends early when the caller leaves (`left`), or makes itself
-        waited for too long (`overdue`).
-        """
-        runner = self._runner
-        if runner is None or runner.home is not current_home():
-            runner = self._runner = make_runner()
-            self._calls.clear()
-            self._looking = False
-        call = Call(self, receive, runner.scope(_FOREVER))
-        self._calls[call] = None
-        if not self._looking:
-            self._looking = True
-            runner.tick(_LOOK_EVERY, self._look)
-        return call
-
-    def done(self, call: Call) -> None:
-        self._calls.pop(call, None)
-
-    def _look(self) -> bool:
-        assert self._runner is not None  # the tick is its
-        now = time.monotonic()
-        before = now - _LOOK_EVERY
-        for call in self._calls:
-            if call.began > before:
-                break  # the younger ones follow
-            if call.due <= now:
-                call.lose_patience()
-            elif call.body_read and not call.watched:
-                call.watched = True
-                self._runner.spawn(call.wait_for_end)
-        self._looking = bool(self._calls)
-        return self._looking
-
-
 class Call:
-    """One caller's request under way."""
+    """A scope around what is done for one caller; it ends early when the caller leaves (`left`), or makes itself waited
+    for too long (`overdue`).
+    """
 
     __slots__ = (
+        "_lookout",
         "_receive",
         "_scope",
-        "_watch",
         "_watcher",
         "answering",
         "began",
@@ -93,10 +50,10 @@ class Call:
         "watched",
     )
 
-    def __init__(self, watch: Watch, receive: Receive, scope: AttemptScope) -> None:
-        self._watch = watch
+    def __init__(self, lookout: Lookout, receive: Receive) -> None:
+        self._lookout = lookout
         self._receive = receive
-        self._scope = scope
+        self._scope = lookout.runner.scope(_FOREVER)
         self.began = time.monotonic()
         self.body_read = False
         """Nobody reads (on in) the request body; until then who reads it notices a caller that leaves."""
@@ -113,6 +70,18 @@ class Call:
         self.ended = False
         """Nobody waits for the caller any more."""
         self._watcher: anyio.CancelScope | None = None
+        lookout.add(self)
+
+    def look(self) -> Work | None:
+        """Give up a caller that is overdue, or begin to wait for it to leave."""
+        if self.due <= time.monotonic():
+            self.overdue = True
+            self.due = math.inf
+            self._scope.cancel()
+        elif self.body_read and not self.watched:
+            self.watched = True
+            return self.wait_for_end
+        return None
 
     def __enter__(self) -> Call:
         self._scope.__enter__()
@@ -136,18 +105,12 @@ class Call:
         """The caller has done what it was waited for."""
         self.due = math.inf
 
-    def lose_patience(self) -> None:
-        """Give up what is done for a caller that is overdue."""
-        self.overdue = True
-        self.due = math.inf
-        self._scope.cancel()
-
     def end(self) -> None:
         """The answer is about to be complete: then servers say of a caller that it has left. Ending twice is fine."""
         if self.ended:
             return
         self.ended = True
-        self._watch.done(self)
+        self._lookout.discard(self)
         if self._watcher is not None:
             self._watcher.cancel()
 

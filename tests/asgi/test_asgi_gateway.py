@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from pathlb import JSONRPC, Balancer, ConfigError, Limits, TransportUpstreams
-from pathlb.asgi import Gateway, Route, watch
+from pathlb.asgi import Gateway, Route, lookout, watch
 from pathlb.asgi.gateway import BrokenOff
 from pathlb.asgi.types import ASGIApp, Message
 from pathlb.core.model import Sent
@@ -411,15 +411,15 @@ class TestBodies:
         monkeypatch.setattr(watch, "TAKING", 0.01)
         looked = anyio.Event()
         gateway = Gateway(balancing(ScriptedUpstream(lambda *_: Reply(200, [], Parts([b"a", looked, b"b"])))))
-        real = gateway._watch._look
+        real = gateway._lookout._look
 
         def look() -> bool:
             again = real()
-            if gateway._watch._calls:
+            if gateway._lookout._present:
                 looked.set()
             return again
 
-        monkeypatch.setattr(gateway._watch, "_look", look)
+        monkeypatch.setattr(gateway._lookout, "_look", look)
         exchange = await Exchange("/", b"x").run(gateway)
         assert (exchange.status, exchange.body, exchange.whole) == (200, b"ab", True)
         await gateway.balancers[0].aclose()
@@ -747,7 +747,7 @@ class TestCallerLeaves:
 
     @pytest.fixture(autouse=True)
     def at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(watch, "_LOOK_EVERY", 0.001)
+        monkeypatch.setattr(lookout, "_LOOK_EVERY", 0.001)
 
     @pytest.mark.parametrize("parts", [(), (b"abc",)])
     async def test_while_the_upstream_has_not_answered(self, parts: tuple[bytes, ...]) -> None:
@@ -889,17 +889,17 @@ async def test_the_watch_costs_short_requests_nothing(balancer: Balancer, monkey
     gateway = Gateway(balancer)
     spawned, ticks = [], []
     await Exchange().run(gateway)
-    runner = gateway._watch._runner
+    runner = gateway._lookout._runner
     assert runner is not None
     monkeypatch.setattr(runner, "spawn", lambda *_, **__: spawned.append(1))
     monkeypatch.setattr(runner, "tick", lambda *_: ticks.append(1))
-    gateway._watch._looking = False
+    gateway._lookout._looking = False
     exchanges = [Exchange("/", b"abc") if number % 2 else Exchange() for number in range(100)]
     for exchange in exchanges:
         await exchange.run(gateway)
     assert sum(exchange.calls for exchange in exchanges) == 50  # for the bodies
     assert (spawned, len(ticks)) == ([], 1)
-    assert gateway._watch._calls == {}
+    assert gateway._lookout._present == {}
 
 
 class TestLifespan:

@@ -1111,11 +1111,11 @@ class _Endless:
 
 def _counting(app: BalancerMiddleware, looks: list[int]) -> ASGIApp:
     """Counts how often the middleware has looked for callers that may have left."""
-    look = app._callers._look
+    look = app._lookout._look
 
     def counted() -> bool:
         looks[0] += 1
         return look()
 
-    app._callers._look = counted  # type: ignore[method-assign]
+    app._lookout._look = counted  # type: ignore[method-assign]
     return app
