@@ -99,6 +99,7 @@ class Relay:
             if self._protocol.state is not State.OPEN:
                 return  # it has been read to its end by the other task
             (self._protocol.send_binary if text is None else self._protocol.send_text)(data)
+            del message, text, data  # which may be large, and the next one may not come for long
             try:
                 await self._flush()
             except _GatewayLost:
@@ -122,6 +123,7 @@ class Relay:
                 except (OSError, RuntimeError):  # servers differ in what they raise when the caller has left, if at all
                     await self._end_unless_known(None, _AWAY)
                     return
+                del message
             if protocol.state is not State.OPEN:
                 self._end(self._farewell(), None)
                 return
