@@ -110,8 +110,7 @@ class Worker:
                 max_message=config.max_message,
                 place=self._place,
             )
-            # What is there by now stays. A full collection, which would look at all of it each time, stops a busy worker
-            # for 15 to 30 ms.
+            # What is there by now stays: full collections that looked at all of it stopped a busy worker for 15 to 30 ms.
             gc.collect()
             gc.freeze()
             await server.start()
