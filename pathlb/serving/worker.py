@@ -110,7 +110,7 @@ class Worker:
                 max_message=config.max_message,
                 place=self._place,
             )
-            # What is there by now stays: full collections that looked at all of it stopped a busy worker for 15 to 30 ms.
+            # What is there stays: full collections that looked at all of it stopped a busy worker for 15 to 30 ms.
             gc.collect()
             gc.freeze()
             await server.start()
