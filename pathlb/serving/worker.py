@@ -110,7 +110,7 @@ class Worker:
                 max_message=config.max_message,
                 place=self._place,
             )
-            # Requests leave no cycles behind. Collecting as often as by default takes an eighth of a busy worker's time,
+            # Requests leave no cycles behind. Collecting as often as by default takes an eighth of a busy worker,
             # and full collections, which look at all that stays, stop it for 15 to 30 ms.
             gc.collect()
             gc.freeze()
