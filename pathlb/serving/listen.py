@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import socket
+import struct
+import sys
 
 from .checks import Address
-from .server import BACKLOG
+
+BACKLOG = 2048
+"""Connections that may wait to be accepted."""
+_SO_ATTACH_FILTER = 26  # asm-generic/socket.h; Python has no name for it
 
 _HINTS = {
     errno.EADDRINUSE: "; another process listens there",
@@ -35,6 +42,26 @@ def listen(address: Address) -> socket.socket:
         hint = _HINTS.get(exc.errno or 0, "")
         raise OSError(f"cannot listen on {address}: {exc.strerror}{hint}") from None
     return listener
+
+
+def refuse_new(listener: socket.socket) -> None:
+    """Let nobody begin to connect any more, where the system can: what came between the last accept and the close would
+    be connected, and lost. Who tries meanwhile tries again a second later, and is refused.
+    """
+    if sys.platform != "linux":
+        return
+    # Classic BPF, from the TCP header on (tcp(7), SO_ATTACH_FILTER): drop what has SYN and not ACK.
+    program = [
+        (0x30, 0, 0, 13),  # the flags
+        (0x54, 0, 0, 0x12),  # ACK and SYN of them
+        (0x15, 0, 1, 0x02),  # SYN alone
+        (0x06, 0, 0, 0),  # is dropped
+        (0x06, 0, 0, 0xFFFFFFFF),  # all else passes
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
+    filtering = struct.pack("HP", len(program), ctypes.addressof(code))
+    with contextlib.suppress(OSError):
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, filtering)
 
 
 def address_of(listener: socket.socket) -> Address:

@@ -28,11 +28,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..asgi.types import ASGIApp, Message, Receive, Scope, Send
 from .board import Board
+from .listen import refuse_new
 
 logger = logging.getLogger("pathlb.serving")
 
-BACKLOG = 2048
-"""Connections that may wait to be accepted."""
 HEAD_LIMIT = 65_536
 """Bytes of a request head, or of trailers, read while they are not complete; a little more may be read at once."""
 HEAD_TIMEOUT = 30.0
@@ -130,6 +129,7 @@ class UvicornServer:
         self._ending = True
         self._last_request = time.monotonic()
         self._loop.remove_reader(self._listener)
+        refuse_new(self._listener)
         while self._accept_one():  # who has connected before is served
             pass
         self._listener.close()

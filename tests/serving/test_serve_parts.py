@@ -30,7 +30,7 @@ from pathlb.serving.build import check_buildable, make_balancer, make_tls, share
 from pathlb.serving.channel import Asker, ChannelClosed, Refused, answer_all
 from pathlb.serving.checks import TLS, Address
 from pathlb.serving.config import ServeConfig
-from pathlb.serving.listen import address_of, listen
+from pathlb.serving.listen import address_of, listen, refuse_new
 from pathlb.serving.worker import Worker, _Expected
 
 pytestmark = pytest.mark.anyio
@@ -340,3 +340,18 @@ def test_what_the_gateway_does_on_purpose_is_not_logged_as_an_error() -> None:
         told.error("Exception in ASGI application\n", exc_info=error)
     assert stream.getvalue().count("Exception in ASGI application") == 1
     assert "a bug" in stream.getvalue()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such filter")
+def test_who_has_connected_is_accepted_when_nobody_may_begin_to_any_more() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as first, socket.socket() as second:
+        listener.setblocking(False)
+        first.connect(listener.getsockname())
+        refuse_new(listener)
+        second.setblocking(False)
+        assert second.connect_ex(listener.getsockname()) == errno.EINPROGRESS
+        accepted, peer = listener.accept()
+        accepted.close()
+        assert peer == first.getsockname()
+        with pytest.raises(BlockingIOError):
+            listener.accept()

@@ -76,7 +76,7 @@ class Gateway:
     async def aclose(self) -> None:
         """Stop listening and reset every connection. Twice is fine."""
         self._forget_all()
-        self._stop_listening()
+        await self._stop_listening()
         await self._drop(set(self._connections))
         if self._held is not None:
             self._held.close()
@@ -109,7 +109,7 @@ class Gateway:
             await self._drop(busy)
         elif mode is Mode.REFUSE:
             self._forget_all()
-            self._stop_listening()
+            await self._stop_listening()
             await self._drop(set(self._connections))
         elif left is Mode.HANG:
             await self._drop(busy, cleanly=True)
@@ -169,10 +169,15 @@ class Gateway:
             sock.close()
             raise
 
-    def _stop_listening(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+    async def _stop_listening(self) -> None:
+        server, self._server = self._server, None
+        if server is None:
+            return
+        # asyncio takes a connection in two steps, and loses the socket of one whose server was closed in between.
+        for sock in server.sockets:
+            asyncio.get_running_loop().remove_reader(sock.fileno())
+        await asyncio.sleep(0)
+        server.close()
 
     async def _drop(self, connections: set[Connection], *, cleanly: bool = False) -> None:
         for connection in connections:
