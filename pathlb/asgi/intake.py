@@ -94,8 +94,10 @@ class Intake:
         self._held.clear()
         while not self.ended:
             self._call.wait_for_body()
-            part = await self._next()
-            self._call.go_on()
+            try:
+                part = await self._next()
+            finally:  # nobody may want the rest, and the caller is waited for no longer
+                self._call.go_on()
             self.seen = self.seen or part
             yield part
 

@@ -52,8 +52,9 @@ class TransportUpstream:
         endpoint, stack = self._endpoint, self._stack
         target = endpoint.base_path + request.target
         headers = [(b"Host", request.host or endpoint.authority), *request.headers, *extra_headers]
-        if not any(name.lower() in _FRAMING for name, _ in headers):
-            headers += framing_of(request)
+        framing = framing_of(request)
+        if framing and not any(name.lower() in _FRAMING for name, _ in headers):
+            headers += framing
         extensions = dict(request.extensions)
         timeouts = extensions["timeout"] = request.timeouts._asdict()
         if endpoint.server_hostname is not None:

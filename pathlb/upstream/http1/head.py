@@ -77,16 +77,12 @@ def write_head(request: Request, target: bytes, host: bytes, extra: Headers) -> 
     lines = [b"%b %b HTTP/1.1" % (method, target), b"Host: " + host, *map(_LINE, headers)]
     if chunked and length is not None:
         raise InvalidRequest("a request with both Content-Length and Transfer-Encoding can be read in two ways")
-    if not isinstance(body, bytes):
-        if length is None and not chunked:
-            lines.append(b"Transfer-Encoding: chunked")
-    elif not chunked:
-        if length is None:
+    if length is None and not chunked:
+        lines += map(_LINE, framing_of(request))
+        if isinstance(body, bytes):
             length = len(body)
-            if length or request.method in _BODY_EXPECTED:
-                lines.append(b"Content-Length: %d" % length)
-        elif length != len(body):
-            raise InvalidRequest(f"the Content-Length is {length}, the body has {len(body)} bytes")
+    elif isinstance(body, bytes) and length is not None and length != len(body):
+        raise InvalidRequest(f"the Content-Length is {length}, the body has {len(body)} bytes")
     lines += (b"", b"")
     data = b"\r\n".join(lines)
     ends = len(lines) - 1
