@@ -36,6 +36,7 @@ from pathlb.testing import Fleet, ServiceTime
 from .contenders import BALANCED, PACKAGES, REPLY, TITLES, open_contender
 from .environment import require, require_descriptors, unwind_on_sigterm
 from .measure import Step
+from .processes import cpu_us_of
 
 GATEWAYS = 5
 SERVICE = 1.5
@@ -113,16 +114,9 @@ class Clocks:
         return cls(
             at=time.monotonic(),
             own=time.process_time(),
-            gateways=sum(_ticks(pid) for pid in gateways) / hertz,
+            gateways=cpu_us_of(gateways) / 1e6,
             idle=(int(machine[4]) + int(machine[5])) / hertz,
         )
-
-
-def _ticks(pid: int) -> int:
-    """CPU time of a process, user and system."""
-    # The name of the command, in parentheses, may have spaces in it.
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
 
 
 def _memory(which: str) -> int:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import grp
 import os
 import pwd
-import signal
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from .environment import find_program
+from .processes import free_ports, running
 
 _READY_WITHIN = 5.0  # seconds
 
@@ -52,7 +52,7 @@ def nginx(ports: int, reply: bytes, large: bytes, core: int | None) -> Iterator[
     program = find_program("nginx")
     assert program is not None, "environment.require has looked"
     with tempfile.TemporaryDirectory(prefix="pathlb-nginx-") as folder:
-        numbers = _free_ports(ports)
+        numbers = free_ports(ports)
         Path(folder, "64k").write_bytes(large)
         Path(folder, "nginx.conf").write_text(
             _CONFIG.format(
@@ -62,12 +62,11 @@ def nginx(ports: int, reply: bytes, large: bytes, core: int | None) -> Iterator[
             )
         )
         log = Path(folder, "error.log")
-        process = _start([program, "-p", f"{folder}/", "-c", "nginx.conf", "-e", "error.log"], core)
-        try:
+        command = [program, "-p", f"{folder}/", "-c", "nginx.conf", "-e", "error.log"]
+        cores = os.sched_getaffinity(0) if core is None else {core}
+        with running(command, cores=cores, log=Path(folder, "said")) as process:
             _wait_until_ready(process, numbers, log)
             yield [f"http://127.0.0.1:{number}" for number in numbers]
-        finally:
-            _stop(process)
 
 
 def _user() -> str:
@@ -75,26 +74,6 @@ def _user() -> str:
     if os.geteuid() != 0:
         return ""  # the directive would only earn a warning
     return f"user {pwd.getpwuid(0).pw_name} {grp.getgrgid(os.getegid()).gr_name};"
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def _start(command: list[str], core: int | None) -> subprocess.Popen[bytes]:
-    # A child inherits the core of the thread that starts it, and its worker inherits it from there.
-    own = os.sched_getaffinity(0)
-    if core is not None:
-        os.sched_setaffinity(0, {core})
-    try:
-        # In a session of its own a Ctrl-C does not reach it before the measurement has ended.
-        return subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    finally:
-        os.sched_setaffinity(0, own)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], ports: list[int], log: Path) -> None:
@@ -109,12 +88,3 @@ def _wait_until_ready(process: subprocess.Popen[bytes], ports: list[int], log: P
                     said = log.read_text().strip() if log.exists() else ""
                     raise RuntimeError(f"nginx does not answer on port {port}: {said or exc}") from exc
                 time.sleep(0.01)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the worker too, which a killed master leaves behind
-        process.wait()
